@@ -1,0 +1,1 @@
+"""Clone the Postgres databases of a Django project."""
