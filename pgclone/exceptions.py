@@ -95,3 +95,7 @@ class Locked(RuntimeError):
 
 class SwapFailed(RuntimeError):
     """The swap was rolled back. The primary database is as it was."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM or SIGHUP arrived. Not a `PgcloneError`: nothing should catch it but clean up."""

@@ -7,22 +7,24 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from pgclone import exceptions
 
 if TYPE_CHECKING:
-    from django.db.backends.postgresql.psycopg_any import sql
+    from psycopg import sql
 
-    Query = str | sql.Composable
+Query: TypeAlias = "str | sql.Composable"
 
 Result = TypeVar("Result")
 Row = tuple[Any, ...]
 
 # Keys of DATABASES["OPTIONS"] that Django or a driver reads; all others are libpq's.
 _NOT_LIBPQ = frozenset(
-    "assume_role async async_ autocommit client_encoding connection_factory context cursor_factory isolation_level "
-    "pool prepare_threshold row_factory server_side_binding".split()
+    {
+        *("assume_role", "isolation_level", "pool", "server_side_binding", "client_encoding", "autocommit"),
+        *("async", "async_", "connection_factory", "context", "cursor_factory", "prepare_threshold", "row_factory"),
+    }
 )
 _CANCEL_SECONDS = 5
 _KEEPALIVES = {"keepalives": 1, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
@@ -99,13 +101,13 @@ class Session:
         return int(self._connection.info.server_version)
 
     def cancel(self) -> None:
-        with contextlib.suppress(_driver_error()):
+        with contextlib.suppress(*_driver_error()):
             self._connection.cancel()
 
     def close(self) -> None:
         if self._busy:  # the server did not answer to the cancellation: closing would crash the driver's thread
             return
-        with contextlib.suppress(_driver_error()):
+        with contextlib.suppress(*_driver_error()):
             self._connection.close()
 
 
@@ -192,7 +194,9 @@ class Server:
         for key in ("user", "host", "port"):
             given[key] = self.settings[key.upper()] or given.get(key)
         given["dbname"] = database
-        given["options"] = " ".join(filter(None, [str(given.get("options") or os.environ.get("PGOPTIONS", "")), options]))
+        given["options"] = " ".join(
+            filter(None, [str(given.get("options") or os.environ.get("PGOPTIONS", "")), options])
+        )
         dsn = " ".join(f"{key}={_quote(str(value))}" for key, value in given.items() if value not in (None, ""))
         return Conninfo(dsn, {key: str(value) for key, value in secrets.items() if value}, self.role)
 
@@ -204,7 +208,11 @@ class Server:
     def __str__(self) -> str:
         host = self.settings["HOST"] or self.settings["OPTIONS"].get("host")
         if not host:
-            return f'service "{self.settings["OPTIONS"]["service"]}"' if "service" in self.settings["OPTIONS"] else "the local server"
+            return (
+                f'service "{self.settings["OPTIONS"]["service"]}"'
+                if "service" in self.settings["OPTIONS"]
+                else "the local server"
+            )
         return f"{host}:{self.settings['PORT']}" if self.settings["PORT"] else str(host)
 
 
@@ -237,7 +245,8 @@ def database_name(server: Server) -> str:
         return str(name)
     if "service" not in server.settings["OPTIONS"]:
         raise exceptions.ValueError(
-            f'DATABASES["{server.alias}"] has no NAME.', "Name the database there, or a service in its OPTIONS."
+            f'DATABASES["{server.alias}"] has no NAME.',
+            "Name the database there, or a service in its OPTIONS.",
         )
     from django.db import connections
 
@@ -291,7 +300,7 @@ def _interruptible(call: Callable[[], Result], cancel: Callable[[], None]) -> Re
 
 
 def _driver_error() -> tuple[type[Exception], ...]:
-    from django.db.backends.postgresql.base import Database
+    from django.db.backends.postgresql.base import Database  # type: ignore[attr-defined]
     from django.db.utils import Error
 
     return (Database.Error, Error)
@@ -307,6 +316,7 @@ def _refused(server: Server, database: str, error: BaseException) -> exceptions.
         "password authentication failed": f'Check USER and PASSWORD of DATABASES["{server.alias}"].',
         "no password supplied": f'Set PASSWORD in DATABASES["{server.alias}"], or a passfile in its OPTIONS.',
         "does not exist": f'Check DATABASES["{server.alias}"], and PGCLONE_CONN_DB for the maintenance database.',
+        "SSL": f'Check the ssl options in the OPTIONS of DATABASES["{server.alias}"] and the server\'s ssl.',
         "no pg_hba.conf entry": f'Let this user, host and database in by pg_hba.conf, or check DATABASES["{server.alias}"].',
         "too many": "Close connections, or raise the limit, and try again.",
     }

@@ -11,12 +11,16 @@ import json
 import re
 import secrets
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 MAX_BYTES = 63
 """NAMEDATALEN - 1 (PostgreSQL docs, 4.1.1)."""
 
-Kind = Literal["temp", "swap", "pre", "post", "copy"]
+Derived = Literal["temp", "swap", "pre", "post"]
+DERIVED: tuple[Derived, ...] = get_args(Derived)
+"""The kinds of databases whose names are derived from the primary's."""
+
+Kind = Literal[Derived, "copy"]
 
 _MARK = "pgclone "
 _WORK = re.compile(r"pgclone_work_(?P<run>[0-9a-f]{12})_[0-9a-f]{6}")
@@ -51,7 +55,7 @@ def parse_marker(comment: str | None) -> Marker | None:
         return None
 
 
-def derive(database: str, kind: Literal["temp", "swap", "pre", "post"]) -> str:
+def derive(database: str, kind: Derived) -> str:
     """The name of a database that belongs to `database`: `app__temp`."""
     suffix = f"__{kind}"
     if len((database + suffix).encode()) <= MAX_BYTES:

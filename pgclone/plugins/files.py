@@ -1,0 +1,145 @@
+"""Dumps in a folder of the local file system.
+
+A file is written beside its final name as `.<name>.<random>.partial`, locked (flock) while its writer lives, and linked
+to its name when it is complete and synced. Partial files that nobody locks are left-overs of dead writers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from pgclone.api import Entry, KeyNotFound, Location, StorageError, hookimpl
+
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.partial", re.DOTALL)
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+@hookimpl
+def storage_open(
+    location: Location, key: str, mode: Literal["rb", "wb"]
+) -> contextlib.AbstractContextManager[BinaryIO] | None:
+    if location.scheme not in ("", "file"):
+        return None
+    path = Path(location.prefix) / key
+    return _read(path, location) if mode == "rb" else _write(path, Path(location.prefix))
+
+
+@hookimpl
+def list_keys(location: Location, prefix: str) -> Iterator[Entry] | None:
+    return _walk(Path(location.prefix), prefix) if location.scheme in ("", "file") else None
+
+
+@hookimpl
+def delete_key(location: Location, key: str) -> bool | None:
+    if location.scheme not in ("", "file"):
+        return None
+    try:
+        (Path(location.prefix) / key).unlink()
+    except _MISSING:
+        return False
+    return True
+
+
+def _walk(root: Path, prefix: str) -> Iterator[Entry]:
+    def fail(error: OSError) -> None:
+        # Deleted while we look; nothing was dumped yet; or a file is where the prefix wants a folder.
+        if not isinstance(error, _MISSING) or (root.exists() and not root.is_dir()):
+            raise error
+
+    for folder, _, names in os.walk(root / prefix.rpartition("/")[0], onerror=fail):
+        for name in names:
+            path = Path(folder, name)
+            key = path.relative_to(root).as_posix()
+            if key.startswith(prefix) and not _PARTIAL.fullmatch(name):
+                with contextlib.suppress(FileNotFoundError):
+                    stat = path.stat()
+                    yield Entry(key, stat.st_size, datetime.fromtimestamp(stat.st_mtime, timezone.utc))
+
+
+@contextlib.contextmanager
+def _read(path: Path, location: Location) -> Iterator[BinaryIO]:
+    try:
+        file = path.open("rb", buffering=0)
+    except _MISSING:
+        raise KeyNotFound(f'There is no "{path.relative_to(location.prefix)}" in {location}.') from None
+    with file:
+        yield file
+
+
+@contextlib.contextmanager
+def _write(path: Path, root: Path) -> Iterator[BinaryIO]:
+    _make_folders(path.parent)
+    _remove_left_overs(root)
+    with _create_partial(path) as (file, partial):
+        yield file
+        if file.closed:
+            raise StorageError(f"{path} was closed before it was complete.")
+        os.fsync(file.fileno())
+        _publish(partial, path)
+
+
+@contextlib.contextmanager
+def _create_partial(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A locked file beside `path`, gone at the end of the block."""
+    while True:
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        with partial.open("xb", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink == 0:
+                continue  # taken for a left-over before it was locked
+            try:
+                yield file, partial
+                return
+            finally:
+                partial.unlink(missing_ok=True)
+
+
+def _publish(partial: Path, path: Path) -> None:
+    """Give a complete file its name, which fails when the name is taken: a commit never overwrites."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise StorageError(f"{path} exists already.", "Dumps are never overwritten.") from None
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise StorageError(f"{path} exists already.", "Dumps are never overwritten.") from None
+        partial.rename(path)
+    _sync(path.parent)
+
+
+def _make_folders(folder: Path) -> None:
+    """Like mkdir -p, with every new name synced to disk."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for parent in missing:
+        _sync(parent.parent)
+
+
+def _remove_left_overs(root: Path) -> None:
+    """Remove the partial files that no living writer locks, and the manifests of dumps they were to become."""
+    for partial in root.rglob(".*.partial"):
+        match = _PARTIAL.fullmatch(partial.name)
+        if match is None:
+            continue  # another program's
+        with contextlib.suppress(OSError), partial.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            final = partial.with_name(match["name"])
+            if not final.exists():
+                final.with_name(f"{final.name}.json").unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

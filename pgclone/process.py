@@ -1,0 +1,309 @@
+"""The only place that starts processes: pg_dump and pg_restore.
+
+Arguments are lists, no shell sees them. Passwords travel in the environment of the child alone. A child never outlives
+this process: it is terminated when a block ends with an exception, and on Linux by the kernel when this process is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, BinaryIO, Literal
+
+from pgclone import exceptions
+from pgclone.database.connection import Conninfo
+from pgclone.events import log
+
+Section = Literal["pre-data", "data", "post-data"]
+
+_STDERR_BYTES = 16 * 1024 * 1024
+_CHATTER = re.compile(rb"pg_restore: (?!error: |warning: |hint: |detail: |while |from TOC entry )")
+"""What pg_restore says besides when it is to name the archive entry of each error (--verbose)."""
+_GRACE_SECONDS = 5
+
+# Asks the kernel to send SIGTERM when the parent dies (prctl(2), PR_SET_PDEATHSIG = 1), then becomes the tool.
+_UNTIL_PARENT_DIES = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() != int(sys.argv[1]): sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The client tools of PostgreSQL that were found, and the major version of pg_dump and pg_restore."""
+
+    pg_dump: str
+    pg_restore: str
+    version: int
+    text: str
+
+
+class Child:
+    """A running tool. What it writes to stderr is collected beside it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], name: str) -> None:
+        self.name = name
+        self._process = process
+        self._stderr = bytearray()
+        self._collector = threading.Thread(target=self._collect, name=f"pgclone-{name}-stderr", daemon=True)
+        self._collector.start()
+
+    @property
+    def stdin(self) -> IO[bytes]:
+        assert self._process.stdin is not None
+        return self._process.stdin
+
+    @property
+    def stdout(self) -> IO[bytes]:
+        assert self._process.stdout is not None
+        return self._process.stdout
+
+    def wait(self) -> int:
+        """Wait for its end and return its exit status; a negative one is the signal that killed it."""
+        status = self._process.wait()
+        self._collector.join()
+        return status
+
+    def stop(self) -> None:
+        """End it: first with SIGTERM, which makes the tools cancel their statements in the server."""
+        if self._process.poll() is None:
+            self._process.terminate()
+        for _ in range(_GRACE_SECONDS * 100):  # counted, not timed: tests may hold the clock
+            if self._process.poll() is not None:
+                return
+            time.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    @property
+    def errors(self) -> str:
+        """What it wrote to stderr, at most 16 MiB."""
+        return self._stderr.decode(errors="replace")
+
+    def _collect(self) -> None:
+        assert self._process.stderr is not None
+        with self._process.stderr as stderr:
+            for line in stderr:
+                if len(self._stderr) < _STDERR_BYTES and not _CHATTER.match(line):
+                    self._stderr += line
+
+
+def find_tools(bin_dir: str = "") -> Tools:
+    """Find pg_dump and pg_restore, in `bin_dir` or on PATH.
+
+    Raises:
+        ToolFailed: One is missing or does not run.
+    """
+    paths = {}
+    for name in ("pg_dump", "pg_restore"):
+        found = shutil.which(name, path=bin_dir or None)
+        if found is None:
+            raise exceptions.ToolFailed(
+                f"{name} was not found {f'in {bin_dir}' if bin_dir else 'on PATH'}.",
+                "Install PostgreSQL's client tools (Debian: postgresql-client), or set PGCLONE_BIN_DIR to their folder.",
+            )
+        paths[name] = str(Path(found).absolute())
+    versions = {name: _version(name, path) for name, path in paths.items()}
+    text = min(versions.values(), key=_major)
+    return Tools(paths["pg_dump"], paths["pg_restore"], _major(text), text)
+
+
+@contextlib.contextmanager
+def pg_dump(
+    tools: Tools, conninfo: Conninfo, *, snapshot: str, excluded: Sequence[str], lock_timeout: str = ""
+) -> Iterator[BinaryIO]:
+    """Dump a database as a custom-format archive, uncompressed, with owners and privileges.
+
+    Gives the archive as a readable file. A clean end of the block means that pg_dump has succeeded.
+
+    Args:
+        snapshot: An exported snapshot, so that the archive shows what its exporter saw.
+        excluded: Patterns of tables whose rows are left out.
+
+    Raises:
+        ToolFailed: pg_dump failed or was killed.
+    """
+    argv = [tools.pg_dump, "--format=custom", "--compress=0", "--no-password", f"--snapshot={snapshot}"]
+    argv += [f"--exclude-table-data={pattern}" for pattern in excluded]
+    argv += [f"--lock-wait-timeout={lock_timeout}"] if lock_timeout else []
+    argv += [*_connection(conninfo)]
+    with _start(argv, conninfo, stdout=subprocess.PIPE) as child:
+        yield child.stdout  # type: ignore[misc]
+        status = child.wait()
+        if status != 0:
+            raise failed(child, status)
+        for line in child.errors.splitlines():
+            log.warning("pg_dump_warned", line=line)
+
+
+@contextlib.contextmanager
+def pg_restore(
+    tools: Tools,
+    conninfo: Conninfo,
+    *,
+    section: Section,
+    archive: Path | None,
+    entries: Path | None = None,
+    owner: bool = False,
+    acl: bool = False,
+) -> Iterator[Child]:
+    """Restore one section of an archive, going on after errors. The caller waits for it and judges status and errors.
+
+    Args:
+        archive: A file; None for standard input, which the caller feeds and closes.
+        entries: A list of the entries to restore, as `table_of_contents` gives them.
+    """
+    argv = [tools.pg_restore, "--format=custom", "--no-password", "--verbose", f"--section={section}"]
+    argv += [f"--use-list={entries}"] if entries else []
+    argv += [flag for flag, wanted in (("--no-owner", not owner), ("--no-acl", not acl)) if wanted]
+    argv += [*_connection(conninfo), *([str(archive)] if archive else [])]
+    with _start(argv, conninfo, stdin=None if archive else subprocess.PIPE) as child:
+        yield child
+
+
+def table_of_contents(tools: Tools, archive: Path) -> str | None:
+    """The archive's table of contents (`pg_restore --list`); None when the file does not hold all of it.
+
+    A custom-format archive that was written to a pipe has its table of contents at its head: each strict prefix of that
+    head is an error, more than the head is harmless.
+    """
+    with _start([tools.pg_restore, "--list", str(archive)], stdout=subprocess.PIPE) as child:
+        text = child.stdout.read()
+        if child.wait() == 0:
+            return text.decode()
+        if "unsupported version" in child.errors:
+            raise exceptions.ToolFailed(
+                f"The dump was made by a newer pg_dump than pg_restore {tools.text} can read: {child.errors.strip()}",
+                "Install client tools at least as new as the ones that made it, or set PGCLONE_BIN_DIR to their folder.",
+            )
+        return None
+
+
+def statements(tools: Tools, archive: Path, entries: Path) -> str:
+    """The SQL that pg_restore would send for some entries of an archive."""
+    argv = [
+        tools.pg_restore,
+        "--format=custom",
+        "--file=-",
+        f"--use-list={entries}",
+        "--no-owner",
+        "--no-acl",
+        str(archive),
+    ]
+    with _start(argv, stdout=subprocess.PIPE) as child:
+        text = child.stdout.read()
+        status = child.wait()
+        if status != 0:
+            raise failed(child, status)
+        return text.decode()
+
+
+def failed(child: Child, status: int) -> exceptions.ToolFailed:
+    """The error for a tool that failed or was killed, with the first lines of what it said."""
+    said = "\n".join(child.errors.strip().splitlines()[:12])
+    how = (
+        f"was killed by signal {-status} ({signal.strsignal(-status)})"
+        if status < 0
+        else f"failed with status {status}"
+    )
+    return exceptions.ToolFailed(f"{child.name} {how}{f': {said}' if said else '.'}")
+
+
+@contextlib.contextmanager
+def signals_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise `Terminated`, so that every block cleans up, as Ctrl-C does already.
+
+    Where they are handled by somebody else, or outside the main thread, nothing changes.
+    """
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise exceptions.Terminated(128 + number)
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _start(
+    argv: Sequence[str],
+    conninfo: Conninfo | None = None,
+    *,
+    stdin: int | None = None,
+    stdout: int | None = None,
+) -> Iterator[Child]:
+    # PGOPTIONS is part of the conninfo string; another encoding than the database's would end up in the archive.
+    environ = {key: value for key, value in os.environ.items() if key not in ("PGOPTIONS", "PGCLIENTENCODING")}
+    process = subprocess.Popen(
+        _until_parent_dies(argv),
+        stdin=stdin or subprocess.DEVNULL,
+        stdout=stdout or subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**environ, "LC_ALL": "C", **(conninfo.environ if conninfo else {})},
+        start_new_session=True,  # Ctrl-C is for this process: it stops the child in its own time
+    )
+    child = Child(process, Path(argv[0]).name)
+    try:
+        yield child
+        child.wait()
+    finally:
+        child.stop()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+
+def _until_parent_dies(argv: Sequence[str]) -> list[str]:
+    embedded = not Path(sys.executable or "").name.startswith("python")  # in uwsgi, for one
+    if sys.platform != "linux" or embedded:
+        return list(argv)
+    return [sys.executable, "-I", "-S", "-c", _UNTIL_PARENT_DIES, str(os.getpid()), *argv]
+
+
+def _connection(conninfo: Conninfo) -> Iterator[str]:
+    yield f"--dbname={conninfo.dsn}"
+    if conninfo.role:
+        yield f"--role={conninfo.role}"
+
+
+def _version(name: str, path: str) -> str:
+    try:
+        with _start([path, "--version"], stdout=subprocess.PIPE) as child:
+            text = child.stdout.read().decode(errors="replace")
+            status = child.wait()
+    except OSError as error:
+        raise exceptions.ToolFailed(
+            f"{path} cannot be run: {error.strerror}.", "Reinstall PostgreSQL's client tools."
+        ) from error
+    match = re.search(r"\d+(\.\d+)?", text)
+    if status != 0 or match is None:
+        raise exceptions.ToolFailed(
+            f"{path} is not {name}: it does not tell its version.", "Reinstall PostgreSQL's client tools."
+        )
+    return match[0]
+
+
+def _major(version: str) -> int:
+    return int(version.partition(".")[0])
