@@ -133,7 +133,7 @@ def parse_manifest(data: bytes, key: str) -> Manifest:
         body["tables"] = tuple(Table(**table) for table in body["tables"])
         body["foreign_keys"] = tuple(ForeignKey(**foreign) for foreign in body["foreign_keys"])
         return Manifest(**{item.name: body[item.name] for item in fields(Manifest)})
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise damaged from error
 
 
@@ -146,7 +146,7 @@ def write_manifest(storage: Storage, manifest: Manifest) -> None:
 def read_manifest(storage: Storage, key: str) -> Manifest | None:
     """The manifest of a dump; None if it has none, as those of django-pgclone."""
     name = f"{key}.json"
-    if not any(entry.key == name for entry in storage.list(location=storage.location, prefix=name)):
+    if not any(entry.key == name for entry in _everything(storage, name)):
         return None
     with open_source(storage, name, lambda head: None) as source:
         data = b""
@@ -161,7 +161,7 @@ def check_unmanifested(storage: Storage, key: str) -> None:
     Raises:
         CorruptDump: It has parts.
     """
-    for entry in storage.list(location=storage.location, prefix=f"{key}.parts/"):
+    for entry in _everything(storage, f"{key}.parts/"):
         raise exceptions.CorruptDump(
             f'The dump "{key}" has lost its manifest: "{entry.key}" is a part of it.', "Restore another dump."
         )
@@ -200,14 +200,19 @@ def sweep(storage: Storage, instance: str, after: timedelta) -> None:
             orphans.append(entry)
     for entry in orphans:
         if keys.owner(entry.key) not in dumps:
-            storage.delete(location=storage.location, key=entry.key)
+            _delete(storage, entry.key)
             log.info("left_over_deleted", key=entry.key)
 
 
-def discard_manifest(storage: Storage, key: str) -> None:
-    """Delete the manifest of a dump that could not be committed. A dump that is listed needs it, whatever went wrong."""
+def discard_manifest(storage: Storage, manifest: Manifest) -> None:
+    """Delete the manifest of a dump that could not be committed.
+
+    A dump that is listed needs its manifest, whatever went wrong; and another run's, under the same key, is not ours.
+    """
+    key = manifest.key
     with contextlib.suppress(Exception):  # the sweep gets it later; the error that brought us here counts
-        if not any(entry.key == key for entry in storage.list(location=storage.location, prefix=key)):
+        listed = any(entry.key == key for entry in storage.list(location=storage.location, prefix=key))
+        if not listed and read_manifest(storage, key) == manifest:
             storage.delete(location=storage.location, key=f"{key}.json")
 
 
@@ -219,6 +224,16 @@ def _everything(storage: Storage, prefix: str) -> Iterator[Entry]:
     except Exception as error:
         words = getattr(error, "strerror", None) or error
         raise exceptions.StorageError(f"{storage.location} cannot be listed: {words}") from error
+
+
+def _delete(storage: Storage, key: str) -> None:
+    try:
+        storage.delete(location=storage.location, key=key)
+    except exceptions.PgcloneError:
+        raise
+    except Exception as error:
+        words = getattr(error, "strerror", None) or error
+        raise exceptions.StorageError(f'"{key}" in {storage.location} could not be deleted: {words}') from error
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from django.core import checks
@@ -18,17 +17,16 @@ def check_settings(**_: Any) -> list[checks.CheckMessage]:
 
 
 def _check_plugins() -> list[checks.CheckMessage]:
-    from django.conf import settings
-
     from pgclone import host
 
     built = host.build(conf.resolve())
     messages = [_message(failure.as_error(), "pgclone.E002") for failure in built.failures]
-    try:
-        answers: Iterable[Iterable[checks.CheckMessage]] = built.manager.hook.check_settings(settings=settings)
-        messages += [message for answer in answers for message in answer]
-    except Exception as error:  # noqa: BLE001  a plugin's check that fails is a finding, too
-        messages.append(checks.Error(f"A plugin's check of the settings failed: {error!r}", id="pgclone.E003"))
+    for name, call in built.callers("check_settings"):
+        try:
+            messages += [message for answer in call(settings=conf.settings()) for message in answer]
+        except Exception as error:  # noqa: BLE001  a plugin's check that fails is a finding, too
+            text = f'The check_settings hook of the plugin "{name}" failed: {error!r}'
+            messages.append(checks.Error(text, id="pgclone.E003"))
     return messages
 
 

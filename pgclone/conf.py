@@ -256,21 +256,22 @@ def resolve(config: str | None = None, **given: Any) -> Options:
 
 def check() -> list[exceptions.PgcloneError]:
     """What is wrong with the settings of the core: values of the wrong type, unknown names, broken configurations."""
-    from django.conf import settings
-
     errors: list[exceptions.PgcloneError] = []
 
-    def collect(call: Callable[[], object]) -> None:
+    def collect(call: Callable[[], Any]) -> Any:
         try:
-            call()
+            return call()
         except exceptions.PgcloneError as error:
-            errors.append(error)
+            if str(error) not in map(str, errors):  # a wrong setting breaks every configuration
+                errors.append(error)
+            return None
 
     for option in TABLE:
         collect(lambda option=option: _value(option, None, {}, None))  # type: ignore[misc]
-    collect(lambda: [collect(lambda name=name: resolve(name)) for name in configurations()])  # type: ignore[misc]
+    for name in collect(configurations) or ():
+        collect(lambda name=name: resolve(name))  # type: ignore[misc]
     known = [*SETTINGS, "PGCLONE_S3_CONFIG", "PGCLONE_S3_ENDPOINT_URL"]
-    for name in dir(settings):
+    for name in dir(settings()):
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if name.startswith("PGCLONE_") and name not in known and close:
             errors.append(
@@ -279,11 +280,16 @@ def check() -> list[exceptions.PgcloneError]:
     return errors
 
 
-def setting(name: str, default: Any = None) -> Any:
-    """A value of Django's settings."""
+def settings() -> Any:
+    """Django's settings."""
     from django.conf import settings
 
-    return getattr(settings, name, default)
+    return settings
+
+
+def setting(name: str, default: Any = None) -> Any:
+    """A value of Django's settings."""
+    return getattr(settings(), name, default)
 
 
 def configurations() -> Mapping[str, Mapping[str, Any]]:

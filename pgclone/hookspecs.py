@@ -33,10 +33,12 @@ def storage_open(
     written, parts uploaded included. An explicit `close()` without leaving the block never commits. A commit never
     overwrites an existing key: it raises instead. `size_hint` is an estimate in bytes of what will be written, or None.
 
-    `"rb"`: a missing key raises `KeyNotFound` when the block is entered.
+    `"rb"`: a missing key raises `KeyNotFound` when the block is entered. What is read is one object from the first byte to
+    the last, even if the key is deleted or written anew meanwhile; a reader that cannot go on in it raises.
 
-    Readers and writers may be raw: short reads and writes are handled by the core. Keys are relative to the location, use
-    `/`, and never leave it. Left-overs of writers that died are yours to remove, here or in `list_keys`.
+    Readers and writers may be raw: short reads and writes are handled by the core. The buffer given to `write` may be
+    used again once it has returned. Several keys are read and written at once, from several threads. Keys are relative to
+    the location, use `/`, and never leave it. Left-overs of writers that died are yours to remove, here or in `list_keys`.
 
     Raising aborts the command; nothing is swapped in, nothing is listed.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from typing import Any
@@ -45,7 +45,7 @@ class Failure:
 
     name: str
     origin: str
-    error: Exception
+    error: Exception | SystemExit
 
     def as_error(self) -> exceptions.PluginError:
         return exceptions.PluginError(
@@ -82,36 +82,43 @@ class Host:
             PgcloneError: What an implementation raised, as it is.
             HookFailed: Any other exception that an implementation raised, `SystemExit` included.
         """
-        for plugin in self._implementers(hook):
+        for name, caller in self.callers(hook):
             before()
             try:
-                self._caller(hook, plugin)(**arguments)
+                caller(**arguments)
             except (exceptions.PgcloneError, exceptions.Terminated):
                 raise
             except (Exception, SystemExit) as error:
                 raise exceptions.HookFailed(
-                    f'The {hook} hook of the plugin "{self.manager.get_name(plugin)}" failed: {type(error).__name__}: {error}',
+                    f'The {hook} hook of the plugin "{name}" failed: {type(error).__name__}: {error}',
                     "Mend the hook, or what it objects to, and try again.",
                 ) from error
 
     def tell(self, hook: str, **arguments: Any) -> None:
         """Call all implementations of a hook that runs after the fact, each on its own: errors are logged."""
-        for plugin in self._implementers(hook):
+        for name, caller in self.callers(hook):
             try:
-                self._caller(hook, plugin)(**arguments)
+                caller(**arguments)
             except exceptions.Terminated:
                 raise
             except (Exception, SystemExit) as error:  # noqa: BLE001  whatever a plugin raises is too late to count
-                log.error("hook_failed", hook=hook, plugin=self.manager.get_name(plugin), error=repr(error))
+                log.error("hook_failed", hook=hook, plugin=name, error=repr(error))
 
     def storage(self, location: Location) -> Storage:
         """The plugin that serves a location.
 
         Raises:
             ValueError: None does.
+            StorageError: One raised when it was asked.
         """
         for plugin in self._implementers("list_keys"):
-            if self._caller("list_keys", plugin)(location=location, prefix="") is not None:
+            try:
+                answer = self._caller("list_keys", plugin)(location=location, prefix="")
+            except exceptions.PgcloneError:
+                raise
+            except Exception as error:
+                raise exceptions.StorageError(f"{location} cannot be listed: {error}") from error
+            if answer is not None:
                 return Storage(location, *(self._caller(hook, plugin) for hook in STORAGE_HOOKS))
         extra = {"s3": "s3", "gs": "gcs"}.get(location.scheme)
         raise exceptions.ValueError(
@@ -130,9 +137,14 @@ class Host:
         if name not in self.codecs:
             raise exceptions.ValueError(
                 f'There is no codec "{name}".',
-                f"There are: {', '.join(sorted(self.codecs))}. Others come with plugins.",
+                f"There are: {', '.join(sorted([*self.codecs, 'none']))}. Others come with plugins.",
             )
         return self.codecs[name]
+
+    def callers(self, hook: str) -> Iterator[tuple[str, pluggy.HookCaller]]:
+        """The plugins that implement a hook, in the order of calls: each one's name, and what calls it alone."""
+        for plugin in self._implementers(hook):
+            yield self.manager.get_name(plugin) or "", self._caller(hook, plugin)
 
     def _implementers(self, hook: str) -> list[Any]:
         """The plugins that implement a hook, in the order of calls."""
@@ -174,7 +186,7 @@ def build(options: Options) -> Host:
             validate(manager, plugin, name)
             manager.register(plugin, name)
             manager.check_pending()
-        except Exception as error:  # noqa: BLE001  importing a plugin runs a stranger's code
+        except (Exception, SystemExit) as error:  # noqa: BLE001  importing a plugin runs a stranger's code
             if manager.has_plugin(name) and manager.get_plugin(name) is plugin:
                 manager.unregister(name=name)
             failures.append(Failure(name, origin, _explained(error)))
@@ -208,6 +220,8 @@ def validate(manager: pluggy.PluginManager, plugin: object, name: str) -> None:
         raise exceptions.PluginError(f'There are two plugins of the name "{name}".')
     if inspect.isclass(plugin):
         raise exceptions.PluginError(f'"{name}" is a class: name an instance of it.')
+    if plugin.__hash__ is None:
+        raise exceptions.PluginError(f'"{name}" cannot be hashed, which pluggy needs: a dataclass would be frozen.')
     found = [hook for hook in dir(plugin) if manager.parse_hookimpl_opts(plugin, hook) is not None]
     for hook in found:
         options: Mapping[str, Any] = manager.parse_hookimpl_opts(plugin, hook) or {}
@@ -226,7 +240,7 @@ def validate(manager: pluggy.PluginManager, plugin: object, name: str) -> None:
         )
 
 
-def _explained(error: Exception) -> Exception:
+def _explained(error: Exception | SystemExit) -> Exception | SystemExit:
     """pluggy's word on an unknown hook, with the name that was probably meant."""
     text = str(error)
     if isinstance(error, pluggy.PluginValidationError) and "unknown hook" in text:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,8 +45,16 @@ def open_archive(tools: Tools, source: Source) -> Iterator[Contents]:
         CorruptDump: The stream is no complete archive.
         ToolFailed: pg_restore is too old for it.
     """
-    with tempfile.TemporaryDirectory(prefix="pgclone-") as folder:
-        yield toc.read_contents(tools, source, Path(folder))
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pgclone-"))
+            contents = toc.read_contents(tools, source, Path(folder))
+        except OSError as error:
+            raise exceptions.RuntimeError(
+                f"The head of the dump could not be kept in {tempfile.gettempdir()}: {error.strerror}.",
+                "Make room there, or set TMPDIR to another folder.",
+            ) from error
+        yield contents
 
 
 def load(
@@ -197,4 +206,5 @@ def _conninfo(server: Server, database: str) -> Conninfo:
 
 
 def _spaced(foreign: ForeignKey) -> str:
-    return f"{foreign.schema} {foreign.table} {foreign.name}"
+    """As a table of contents writes it, which has no line breaks."""
+    return re.sub(r"[\r\n]", " ", f"{foreign.schema} {foreign.table} {foreign.name}")

@@ -65,6 +65,9 @@ class Stored(io.RawIOBase):
             sent = 0
             while sent < len(view):
                 count = self._storage_call("written", self._raw.write, view[sent:])
+                if count == 0:  # it would be asked forever
+                    self.failure = exceptions.StorageError(f"{self._where} could not be written: it takes no bytes.")
+                    raise self.failure
                 sent += len(view) - sent if count is None else count
             self._sha256.update(view)
             self.size += len(view)
@@ -84,12 +87,18 @@ class Stored(io.RawIOBase):
 class Sink:
     """A dump on its way to storage: raw bytes go in, encoded ones out."""
 
-    def __init__(self, encoder: BinaryIO) -> None:
+    def __init__(self, encoder: BinaryIO, codec: Codec | None = None) -> None:
         self._encoder = encoder
+        self._codec = codec
         self.raw_size = 0
 
     def write(self, block: bytes) -> None:
-        self._encoder.write(block)
+        try:
+            self._encoder.write(block)
+        except exceptions.PgcloneError:
+            raise
+        except Exception as error:
+            raise _codec_failed(self._codec, error) from error
         self.raw_size += len(block)
 
 
@@ -145,13 +154,18 @@ def encode(stored: Stored, codec: Codec | None, level: int) -> Iterator[Sink]:
     if codec is None:
         yield Sink(cast(BinaryIO, stored))
         return
+    entered = left = False
     try:
         with codec.compress(cast(BinaryIO, stored), level) as encoder:
-            yield Sink(encoder)
+            entered = True
+            yield Sink(encoder, codec)
+            left = True
     except exceptions.PgcloneError:
         raise
     except Exception as error:
-        raise exceptions.PluginError(f'The codec "{codec.name}" failed: {_words(error)}') from error
+        if entered and not left:  # the dump's own
+            raise
+        raise _codec_failed(codec, error) from error
 
 
 @contextlib.contextmanager
@@ -189,6 +203,10 @@ def _opened(storage: Storage, key: str, mode: str, size_hint: int | None) -> Ite
             raise
         verb = "opened" if mode == "rb" else "written"
         raise exceptions.StorageError(f'"{key}" in {storage.location} could not be {verb}: {_words(error)}') from error
+
+
+def _codec_failed(codec: Codec | None, error: Exception) -> exceptions.PluginError:
+    return exceptions.PluginError(f'The codec "{codec.name if codec else "none"}" failed: {_words(error)}')
 
 
 def _words(error: BaseException) -> str:

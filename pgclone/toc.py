@@ -48,6 +48,11 @@ class Contents:
         return (match for line in self.listing.splitlines() if (match := _ENTRY.fullmatch(line)))
 
     @property
+    def compressed(self) -> bool:
+        """Whether pg_dump compressed the rows, which protects them by checksums."""
+        return re.search(r"^;\s+Compression: (none|0)$", self.listing, re.MULTILINE) is None
+
+    @property
     def pg_dump(self) -> str:
         """The version of the pg_dump that made the archive."""
         match = re.search(r"^;\s+Dumped by pg_dump version: (\S+)", self.listing, re.MULTILINE)
@@ -140,9 +145,8 @@ def _is_foreign_key(entry: re.Match[str], oids: Collection[int]) -> bool:
 def _is_comment(entry: re.Match[str], foreign_keys: Collection[ForeignKey]) -> bool:
     """Comments have no OID of their own: `COMMENT public CONSTRAINT a_fkey ON book owner`, quoted where SQL needs it."""
     text = entry["text"].replace('"', "") + " "
-    return text.startswith("COMMENT ") and any(
-        f" CONSTRAINT {foreign.name} ON {foreign.table} ".replace('"', "") in text for foreign in foreign_keys
-    )
+    wanted = [f" CONSTRAINT {foreign.name} ON {foreign.table} ".replace('"', "") for foreign in foreign_keys]
+    return text.startswith("COMMENT ") and any(re.sub(r"[\r\n]", " ", words) in text for words in wanted)
 
 
 def _write(contents: Contents, name: str, wanted: Callable[[re.Match[str]], bool]) -> Path:

@@ -44,7 +44,7 @@ class Codec:
 
     Args:
         name: What `PGCLONE_CODEC` and the manifest call it.
-        magic: How every stream of it begins; a dump without a manifest is recognised by it.
+        magic: How every stream of it begins, for tools that look at a dump without its manifest.
         compress: `compress(sink, level)` is a context manager that gives a writable file. A clean end of the block
             finishes the stream, an exception leaves it unfinished; `sink` stays open.
         decompress: `decompress(source)` is a context manager that gives a readable file. Reading raises when the stream

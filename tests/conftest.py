@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,30 @@ def pytest_configure(config: pytest.Config) -> None:
     assert settings.DATABASES  # pytest-django sets Django up if the settings have been read by now
 
 
+@contextlib.contextmanager
+def start(bin: Path | None = None) -> Iterator[private.Server]:
+    """A server for tests. In memory where that has room: databases are made three times as fast there."""
+    memory, config, patch = Path("/dev/shm"), CONFIG, pytest.MonkeyPatch()
+    if memory.is_dir() and os.access(memory, os.W_OK):
+        system = os.statvfs(memory)
+        # Root runs a copy of the binaries from there.
+        if system.f_bavail * system.f_frsize > 4 << 30 and not system.f_flag & os.ST_NOEXEC:
+            patch.setattr(tempfile, "tempdir", str(memory))
+            config = {**CONFIG, "max_wal_size": "512MB"}
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(private.start(bin, config=config))
+        finally:
+            patch.undo()
+        yield server
+
+
 @pytest.fixture(scope="session")
 def postgres(django_db_blocker: Any) -> Iterator[private.Server]:
     """PostgreSQL 18, and the alias `default` of this and of child processes pointing to database `app` on it."""
     from django.db import connections
 
-    with private.start(config=CONFIG) as server, django_db_blocker.unblock():
+    with start() as server, django_db_blocker.unblock():
         settings = server.settings("app")
         os.environ["PGCLONE_TEST_DATABASE"] = json.dumps(settings)
         connections.settings["default"].update(settings)
@@ -59,7 +78,7 @@ def servers(postgres: private.Server) -> Iterator[Callable[[int], private.Server
         def find(version: int) -> private.Server:
             if version not in running:
                 bin = POSTGRES_15 if version == 15 else private.embedded(version)
-                running[version] = stack.enter_context(private.start(bin, config=CONFIG))
+                running[version] = stack.enter_context(start(bin))
             return running[version]
 
         yield find

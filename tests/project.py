@@ -46,6 +46,8 @@ class Project:
     environ: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Further databases in settings.DATABASES, beside `default`."""
+    others: frozenset[str] = frozenset()
+    """The databases of the server that were there before."""
 
     def manage(self, *argv: str, **settings: Any) -> Done:
         """Run a management command to its end. Keywords are settings."""
@@ -171,8 +173,7 @@ class Project:
 
     def databases(self) -> list[str]:
         """The databases of this project: its own, and what was made from it."""
-        names = self.server.psql("SELECT datname FROM pg_database ORDER BY datname").splitlines()
-        return [name for name in names if name not in ("postgres", "template0", "template1", "app", TEMPLATE)]
+        return [name for name in database_names(self.server) if name not in self.others]
 
     def stored(self) -> list[str]:
         """Everything in the folder of dumps, hidden files too."""
@@ -187,10 +188,15 @@ class Project:
         return "".join(parts)
 
 
+def database_names(server: Server) -> list[str]:
+    names: list[str] = json.loads(server.psql("SELECT json_agg(datname ORDER BY datname) FROM pg_database"))
+    return names
+
+
 @contextlib.contextmanager
 def open_project(server: Server, folder: Path, name: str = "shop", books: int = 50) -> Iterator[Project]:
     """A project with rows. At the end, its databases and all others that it made are dropped."""
-    before = set(server.psql("SELECT datname FROM pg_database").splitlines())
+    before = set(database_names(server))
     if TEMPLATE not in before:
         migrated = Project(server, TEMPLATE, folder)
         server.run("createdb", "-T", "template0", TEMPLATE)
@@ -198,11 +204,11 @@ def open_project(server: Server, folder: Path, name: str = "shop", books: int = 
         assert done.status == 0, done.err
         before.add(TEMPLATE)
     server.run("createdb", "-T", TEMPLATE, "--", name)
-    project = Project(server, name, folder / "dumps")
+    project = Project(server, name, folder / "dumps", others=frozenset(before))
     try:
         if books:
             project.fill(books)
         yield project
     finally:
-        for left in set(server.psql("SELECT datname FROM pg_database").splitlines()) - before:
+        for left in set(database_names(server)) - before:
             server.run("dropdb", "--force", "--", left)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from pgclone import exceptions
+from pgclone.database.names import MAX_BYTES
 
 if TYPE_CHECKING:
     from psycopg import sql
@@ -69,7 +70,7 @@ class Session:
 
         try:
             return _interruptible(run, self.cancel)
-        except _driver_error() as error:
+        except driver_error() as error:
             state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
             raise exceptions.ServerError(f"{self._where}: {_first_line(error)}", sqlstate=state) from error
 
@@ -101,13 +102,13 @@ class Session:
         return int(self._connection.info.server_version)
 
     def cancel(self) -> None:
-        with contextlib.suppress(*_driver_error()):
+        with contextlib.suppress(*driver_error()):
             self._connection.cancel()
 
     def close(self) -> None:
         if self._busy:  # the server did not answer to the cancellation: closing would crash the driver's thread
             return
-        with contextlib.suppress(*_driver_error()):
+        with contextlib.suppress(*driver_error()):
             self._connection.close()
 
 
@@ -162,8 +163,8 @@ class Server:
 
         try:
             connection = _interruptible(log_in, lambda: None)
-        except _driver_error() as error:
-            raise _refused(self, database, error) from error
+        except driver_error() as error:
+            raise refused(self, database, error) from error
         connection.autocommit = True
         session = Session(connection, f'Database "{database}" on {self}')
         try:
@@ -230,6 +231,10 @@ def find_server(alias: str, *, maintenance: str, timeouts: Mapping[str, str | in
             f"There are: {', '.join(sorted(connections.settings))}.",
         )
     connection = connections[alias]
+    if connection.vendor == "unknown":
+        raise exceptions.ValueError(
+            f'Database "{alias}" has no ENGINE in settings.DATABASES.', "Choose another one with --database."
+        )
     if connection.vendor != "postgresql":
         raise exceptions.ValueError(
             f'Database "{alias}" is not a PostgreSQL database, but {connection.display_name}.',
@@ -241,8 +246,13 @@ def find_server(alias: str, *, maintenance: str, timeouts: Mapping[str, str | in
 
 def database_name(server: Server) -> str:
     """The name of the alias's database: from the settings, or from the server where a service file says it."""
-    if name := server.settings["NAME"] or server.settings["OPTIONS"].get("dbname"):
-        return str(name)
+    if name := str(server.settings["NAME"] or server.settings["OPTIONS"].get("dbname") or ""):
+        if (size := len(name.encode())) > MAX_BYTES:
+            raise exceptions.ValueError(
+                f'The NAME of DATABASES["{server.alias}"] has {size} bytes, and PostgreSQL takes at most {MAX_BYTES}: "{name}".',
+                "Name the database as the server does: pgclone ls --local",
+            )
+        return name
     if "service" not in server.settings["OPTIONS"]:
         raise exceptions.ValueError(
             f'DATABASES["{server.alias}"] has no NAME.',
@@ -255,8 +265,8 @@ def database_name(server: Server) -> str:
         with connection.cursor() as cursor:
             cursor.execute("SELECT current_database()")
             return str(cursor.fetchone()[0])
-    except _driver_error() as error:
-        raise _refused(server, f"of {server}", error) from error
+    except driver_error() as error:
+        raise refused(server, f"of {server}", error) from error
     finally:
         connection.close()
 
@@ -299,7 +309,8 @@ def _interruptible(call: Callable[[], Result], cancel: Callable[[], None]) -> Re
     return result  # type: ignore[return-value]
 
 
-def _driver_error() -> tuple[type[Exception], ...]:
+def driver_error() -> tuple[type[Exception], ...]:
+    """What the driver and Django raise, for `except`."""
     from django.db.backends.postgresql.base import Database  # type: ignore[attr-defined]
     from django.db.utils import Error
 
@@ -310,14 +321,15 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _refused(server: Server, database: str, error: BaseException) -> exceptions.ServerError:
+def refused(server: Server, database: str, error: BaseException) -> exceptions.ServerError:
+    """The error for a login that failed."""
     text = " ".join(str(error).split())
     remedies = {
         "password authentication failed": f'Check USER and PASSWORD of DATABASES["{server.alias}"].',
         "no password supplied": f'Set PASSWORD in DATABASES["{server.alias}"], or a passfile in its OPTIONS.',
         "does not exist": f'Check DATABASES["{server.alias}"], and PGCLONE_CONN_DB for the maintenance database.',
-        "SSL": f'Check the ssl options in the OPTIONS of DATABASES["{server.alias}"] and the server\'s ssl.',
         "no pg_hba.conf entry": f'Let this user, host and database in by pg_hba.conf, or check DATABASES["{server.alias}"].',
+        "SSL": f'Check the ssl options in the OPTIONS of DATABASES["{server.alias}"] and the server\'s ssl.',
         "too many": "Close connections, or raise the limit, and try again.",
     }
     remedy = next(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pgclone import exceptions
 from pgclone.database import lock as locks
 from pgclone.database.connection import Server, Session
-from pgclone.database.names import Marker, parse_marker, run_of_work_name, work_name
+from pgclone.database.names import Marker, derive, parse_marker, run_of_work_name, work_name
 from pgclone.database.properties import Properties, creation_options
 
 _NO_SUCH_DATABASE = "3D000"
@@ -32,6 +32,14 @@ class Database:
     @property
     def ours(self) -> bool:
         return self.marker is not None or run_of_work_name(self.name) is not None
+
+    @property
+    def temporary(self) -> bool:
+        """Whether it belongs to one run, and has the name that the run gave it: who renames one wants to keep it."""
+        marker = self.marker
+        if marker and (marker.kind == "temp" or marker.kind == "swap"):
+            return self.name == derive(marker.source, marker.kind)
+        return False
 
 
 def list_databases(session: Session) -> list[Database]:
@@ -90,8 +98,7 @@ def copy(
     """
     from django.db.backends.postgresql.psycopg_any import sql
 
-    if strategy and strategy not in ("wal_log", "file_copy"):
-        raise exceptions.ValueError(f'"{strategy}" is not a strategy for copies.', "Use wal_log or file_copy.")
+    check_strategy(strategy)
     if strategy and session.version < 150000:
         raise exceptions.NotPossible(
             "The server knows no strategies for copies: they came with PostgreSQL 15.",
@@ -104,7 +111,8 @@ def copy(
     )
     if not kill and (sessions := _sessions(session, source)):
         raise exceptions.NotPossible(
-            f'{len(sessions)} sessions are connected to database "{source}": PostgreSQL copies none that is in use.',
+            f'Database "{source}" is in use by {len(sessions)} session{"s"[: len(sessions) - 1]}, '
+            "and PostgreSQL copies none that is in use.",
             "Close them, or leave --no-kill out to have them ended.",
         )
     ended: set[int] = set()
@@ -113,7 +121,10 @@ def copy(
             session.execute(statement)
         except exceptions.ServerError as error:
             if error.sqlstate == _NO_SUCH_DATABASE:
-                raise exceptions.DatabaseNotFound(f'Database "{source}" does not exist.') from error
+                raise exceptions.DatabaseNotFound(
+                    f'Database "{source}" does not exist.',
+                    f'Check the NAME of DATABASES["{server.alias}"], and see which there are: pgclone ls --local',
+                ) from error
             if error.sqlstate == _OBJECT_IN_USE:
                 raise exceptions.NotPossible(
                     f'Database "{source}" could not be copied: it stays in use by {_describe(session, source)}.',
@@ -123,18 +134,36 @@ def copy(
     return name, len(ended)
 
 
-def publish(session: Session, work: str, name: str, marker: Marker) -> str | None:
+def check_strategy(name: str) -> None:
+    """Refuse a strategy that PostgreSQL does not know.
+
+    Raises:
+        ValueError: It is neither `wal_log` nor `file_copy`, nor empty.
+    """
+    if name not in ("", "wal_log", "file_copy"):
+        raise exceptions.ValueError(f'"{name}" is not a strategy for copies.', "Use wal_log or file_copy.")
+
+
+def publish(session: Session, work: str, name: str, marker: Marker, *, replace: bool = False) -> str | None:
     """Give a work database its marker and its name, and open it, in one transaction.
 
-    A database of ours that has the name goes to a work name in the same transaction. The caller has made sure that it is
-    one of ours, or to be replaced.
+    A database of ours that has the name goes to a work name in the same transaction.
+
+    Args:
+        replace: Do so with one that is none of ours, too.
 
     Returns:
         The work name of the database that was replaced, for the caller to drop; None if there was none.
+
+    Raises:
+        NotPossible: The name belongs to a database that is none of ours.
     """
     from django.db.backends.postgresql.psycopg_any import sql
 
-    replaced = work_name(marker.run) if find(session, name) else None
+    found = find(session, name)
+    if found and not found.ours and not replace:
+        raise foreign(name)
+    replaced = work_name(marker.run) if found else None
     if replaced:
         end_sessions(session, name)
     with session.transaction():
@@ -190,15 +219,14 @@ def left_overs(session: Session, database: str) -> Iterator[str]:
         if run is not None:
             if locks.is_free(session, f"run:{run}"):
                 yield found.name
-        elif found.marker and found.marker.kind in ("temp", "swap") and found.marker.source == database:
+        elif found.temporary and found.marker and found.marker.source == database:
             yield found.name
 
 
 def remains(session: Session, run: str) -> Iterator[str]:
     """The names of what a run made and did not hand over: its work names and its temporary databases."""
     for found in list_databases(session):
-        temporary = found.marker and found.marker.run == run and found.marker.kind in ("temp", "swap")
-        if temporary or run_of_work_name(found.name) == run:
+        if run_of_work_name(found.name) == run or (found.temporary and found.marker and found.marker.run == run):
             yield found.name
 
 

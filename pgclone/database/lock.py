@@ -68,6 +68,9 @@ def lock(
                 said = True
             time.sleep(_POLL_SECONDS)
         yield Lock(database, session)
+        # Free now: the server may notice a little later that the session is closed.
+        with contextlib.suppress(exceptions.ServerError):
+            session.execute("SELECT pg_advisory_unlock_all()")
 
 
 def take(session: Session, name: str) -> bool:

@@ -28,7 +28,7 @@ class Client:
     superuser: bool
 
     def __str__(self) -> str:
-        details = [f"role {quoted(self.user)}" if self.user else "", self.application]
+        details = [f"role {quoted(self.user)}" if self.user else "holds a lock on the database", self.application]
         return f"pid {self.pid} ({', '.join(filter(None, details))})"
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pgclone import exceptions
-from pgclone.database.connection import Server
+from pgclone.database.connection import Server, driver_error, refused
 from pgclone.database.properties import Setting
 from pgclone.events import log
 from pgclone.types import Target
@@ -60,14 +60,15 @@ def route(
             database gets them only at the swap.
 
     Returns:
-        The target for hooks, and a function that proves the routing: it raises unless both aliases are on `database`.
+        The target for hooks, and a function that proves the routing: it raises unless both aliases are on `database`, in no
+        transaction. It is called again at the end of the block.
     """
     from django.db import DEFAULT_DB_ALIAS, connections
     from django.db.utils import load_backend
 
     wrapper_class = load_backend(server.settings["ENGINE"]).DatabaseWrapper
     routed_aliases = {DEFAULT_DB_ALIAS, server.alias}
-    older_threads = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+    older_threads = {*threading.enumerate()} - {threading.current_thread()}  # their identifiers are used again
     made: list[Any] = []
     original_create = connections.create_connection
 
@@ -87,7 +88,7 @@ def route(
 
     def create(alias: str) -> Any:
         """What new threads get; those that ran before belong to somebody else, a web server's requests perhaps."""
-        if threading.get_ident() in older_threads:
+        if threading.current_thread() in older_threads:
             return original_create(alias)
         if alias in routed_aliases:
             return connect(alias)
@@ -100,13 +101,22 @@ def route(
 
     def prove() -> None:
         for alias in sorted(routed_aliases):
-            with connections[alias].cursor() as cursor:
-                cursor.execute("SELECT current_database()")
-                (current,) = cursor.fetchone()
+            wrapper = connections[alias]
+            try:
+                with wrapper.cursor() as cursor:
+                    cursor.execute("SELECT current_database()")
+                    (current,) = cursor.fetchone()
+            except driver_error() as error:
+                raise refused(server, database, error) from error
             if current != database:
                 raise exceptions.HookFailed(
-                    f'The connection "{alias}" is on database "{current}" instead of "{database}": the hook was not run.',
-                    "Is a database router, a pool or a middleware changing connections?",
+                    f'The connection "{alias}" is on database "{current}" instead of "{database}".',
+                    "Is a hook, a database router, a pool or a middleware changing connections?",
+                )
+            if wrapper.in_atomic_block or (wrapper.settings_dict["AUTOCOMMIT"] and not wrapper.autocommit):
+                raise exceptions.HookFailed(
+                    f'A hook has left a transaction open on the connection "{alias}": what it did would be lost.',
+                    "Let it commit.",
                 )
 
     def call_command(name: str, *arguments: Any, **options: Any) -> str:
@@ -126,6 +136,7 @@ def route(
         connections.create_connection = create  # type: ignore[method-assign]
         stack.callback(_close, made)
         yield Target(database, cursor, call_command), prove
+        prove()
 
 
 def _refuse(execute: Any, sql: Any, params: Any, many: Any, context: Any) -> Any:

@@ -26,6 +26,8 @@ from pgclone.database.properties import quoted
 if TYPE_CHECKING:
     from psycopg import sql
 
+_Kind = Literal["pre", "post", "swap"]
+
 _TIMEOUTS = {
     "lock_timeout": "1000ms",
     "statement_timeout": "1000ms",  # so long clients wait for a rename that does not come about
@@ -102,6 +104,19 @@ def swap(
     ) from failure
 
 
+def check_names(session: Session, database: str, *, keep: bool) -> None:
+    """Make sure, long before the swap, that the names it needs are free or taken by what pgclone made for it.
+
+    Args:
+        session: A maintenance session.
+
+    Raises:
+        NotPossible: Another database has one of the names.
+    """
+    for kind in _kinds(keep):
+        _out_of_the_way(session, database, kind, names.new_run())
+
+
 @dataclass(frozen=True)
 class _Move:
     """A database, known by its OID, that gets another name and perhaps a marker."""
@@ -146,7 +161,7 @@ class _Found:
 
 def _plan(session: Session, database: str, restored: str, run: str, keep: bool, post: str | None) -> _Plan:
     """Look at everything that takes part, and refuse while nothing is touched."""
-    old, kind = _find(session, database), _kept(keep)
+    old, kind = _find(session, database), _kinds(keep)[0]
     if old and (problems := list(rights.obstacles(session, database, old.oid))):
         raise exceptions.NotPossible(f"Database {quoted(database)} cannot be replaced.", "\n".join(problems))
     new, hidden = _made_by_us(session, restored), names.work_name(run)
@@ -155,8 +170,7 @@ def _plan(session: Session, database: str, restored: str, run: str, keep: bool, 
     primary = _Move(old.oid, database, names.derive(database, kind), marker) if old else None
 
     # A reversible swap replaces what an earlier one kept. Without a primary, that may be the only copy: it stays.
-    replaced: list[Literal["swap", "pre", "post"]] = [kind] if old else []
-    replaced += ["post"] if keep and (old or post) else []
+    replaced = [each for each in _kinds(keep) if old or (each == "post" and post)]
     unneeded = [move for each in replaced if (move := _out_of_the_way(session, database, each, run))]
     aside += unneeded
     if keep and post:
@@ -340,8 +354,9 @@ def _owner_of_name(server: Server, database: str, backend: Row) -> int | None:
     )
 
 
-def _kept(keep: bool) -> Literal["pre", "swap"]:
-    return "pre" if keep else "swap"
+def _kinds(keep: bool) -> list[_Kind]:
+    """What databases a swap leaves behind, that of the old primary first."""
+    return ["pre", "post"] if keep else ["swap"]
 
 
 def _find(session: Session, database: str) -> _Found | None:
@@ -361,7 +376,7 @@ def _made_by_us(session: Session, database: str) -> _Found:
     return found
 
 
-def _out_of_the_way(session: Session, database: str, kind: Literal["swap", "pre", "post"], run: str) -> _Move | None:
+def _out_of_the_way(session: Session, database: str, kind: _Kind, run: str) -> _Move | None:
     """The database that has the name which another one is to get, on its way to where it is dropped."""
     name = names.derive(database, kind)
     found = _find(session, name)

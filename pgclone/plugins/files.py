@@ -11,7 +11,7 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -54,14 +54,25 @@ def _walk(root: Path, prefix: str) -> Iterator[Entry]:
         if not isinstance(error, _MISSING) or (root.exists() and not root.is_dir()):
             raise error
 
-    for folder, _, names in os.walk(root / prefix.rpartition("/")[0], onerror=fail):
-        for name in names:
-            path = Path(folder, name)
-            key = path.relative_to(root).as_posix()
-            if key.startswith(prefix) and not _PARTIAL.fullmatch(name):
-                with contextlib.suppress(FileNotFoundError):
-                    stat = path.stat()
-                    yield Entry(key, stat.st_size, datetime.fromtimestamp(stat.st_mtime, timezone.utc))
+    for path in _files(root / prefix.rpartition("/")[0], fail):
+        key = path.relative_to(root).as_posix()
+        if key.startswith(prefix) and not _PARTIAL.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                yield Entry(key, stat.st_size, datetime.fromtimestamp(stat.st_mtime, timezone.utc))
+
+
+def _files(root: Path, fail: Callable[[OSError], None] | None = None) -> Iterator[Path]:
+    """All files below a folder, those in linked folders too. `fail` is told about folders that cannot be read."""
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        with contextlib.suppress(FileNotFoundError):
+            identity = Path(folder).stat()
+            if (identity.st_dev, identity.st_ino) in seen:  # a link that leads round in a circle
+                folders.clear()
+                continue
+            seen.add((identity.st_dev, identity.st_ino))
+        yield from (Path(folder, name) for name in names)
 
 
 @contextlib.contextmanager
@@ -125,7 +136,7 @@ def _make_folders(folder: Path) -> None:
 
 def _remove_left_overs(root: Path) -> None:
     """Remove the partial files that no living writer locks, and the manifests of dumps they were to become."""
-    for partial in root.rglob(".*.partial"):
+    for partial in _files(root):
         match = _PARTIAL.fullmatch(partial.name)
         if match is None:
             continue  # another program's

@@ -16,6 +16,7 @@ def copy(options: Options) -> str:
     project = open_project(COPY, options)
     key = options.dump_key
     name = check_local_name(project, key)
+    databases.check_strategy(options.strategy)
     with running(COPY, project, key) as run, locked(project, run, name) as held:
         # 2. Copy, under a work name.
         log.info("copy_started", alias=options.database, database=project.database, key=key)
@@ -32,6 +33,7 @@ def copy(options: Options) -> str:
             log.info("sessions_ended", database=project.database, count=ended)
 
         # 3. Give it its name; an older copy of that name goes with it.
-        databases.publish(held.session, work, name, Marker("copy", project.database, run.id))
+        marker = Marker("copy", project.database, run.id)
+        databases.publish(held.session, work, name, marker, replace=options.replace)
     log.info("copy_finished", alias=options.database, database=project.database, key=key)
     return key

@@ -25,8 +25,11 @@ def dump(options: Options) -> str:
     # 1. Find everything that is named, and refuse what cannot work.
     project = open_project(DUMP, options)
     tools = process.find_tools(options.bin_dir)
+    project.server.conninfo(project.database)  # refuses what pg_dump cannot be told
     codec = project.host.codec(options.codec) if options.codec != "none" else None
     level = _find_level(codec, options.level)
+    with project.server.connect(project.database) as session:
+        _require_new_enough(tools, session)
     tables_of_models = models.find_tables(project.server, options.exclude)
     check_commands(options.pre_dump_hooks)
 
@@ -48,7 +51,6 @@ def dump(options: Options) -> str:
 
         # 4. Export a snapshot: the manifest and pg_dump see the same database.
         with project.server.connect(project.database) as session, _snapshot(session) as snapshot:
-            _require_new_enough(tools, session)
             excluded = catalogue.find_tables(session, tables_of_models, options.exclude_tables)
             log.info("dump_started", alias=options.database, database=project.database, key=key)
 
@@ -94,6 +96,7 @@ def _write(
     """Write the dump and its manifest, and commit both. An exception anywhere leaves nothing that is listed."""
     shape = catalogue.shape(session)
     report = Reporter(project, run, shape.size)
+    manifest = None
     try:
         with streams.store(storage, key, shape.size) as stored:
             with streams.encode(stored, codec, level) as sink:
@@ -110,7 +113,8 @@ def _write(
             manifest = _describe(project, tools, session, key, codec, excluded, sink.raw_size, stored.digest)
             archive.write_manifest(storage, manifest)
     except BaseException:
-        archive.discard_manifest(storage, key)
+        if manifest:
+            archive.discard_manifest(storage, manifest)
         raise
     for foreign in manifest.foreign_keys:
         log.warning("foreign_key_dangles", foreign_key=str(foreign))
@@ -160,5 +164,5 @@ def _require_new_enough(tools: Tools, session: Session) -> None:
     if tools.version < session.version // 10000:
         raise exceptions.ToolFailed(
             f"pg_dump {tools.text} ({tools.pg_dump}) is too old for the server, which is {server}.",
-            f"Install those of PostgreSQL {session.version // 10000} or newer, or set PGCLONE_BIN_DIR to their folder.",
+            f"Install client tools of PostgreSQL {session.version // 10000} or newer, or set PGCLONE_BIN_DIR to their folder.",
         )

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from pgclone import conf, exceptions
 from pgclone import host as hosts
@@ -129,13 +130,16 @@ def running(command: str, project: Project, key: str) -> Iterator[Run]:
         location=parse_location(options.storage_location),
         key=key,
         config=options.config,
-        options=vars(options),
+        options=MappingProxyType(vars(options)),
     )
     with signals_raise():
         try:
             yield run
         except BaseException as error:
             project.host.tell("on_event", run=run, event=Failed(error))
+            if isinstance(error, SystemExit) and not isinstance(error, exceptions.Terminated):
+                # the caller would take status 0 for success
+                raise exceptions.PluginError(f"A plugin tried to end the process: SystemExit({error}).") from error
             raise
         project.host.tell("on_event", run=run, event=Finished())
 

@@ -42,6 +42,7 @@ def restore(options: Options) -> str:
     project = open_project(RESTORE, options)
     check_commands(options.pre_swap_hooks)
     verdict.check_allowed(options.allow_errors)
+    databases.check_strategy(options.strategy)
     as_name = check_local_name(project, options.as_name) if options.as_name else None
     local = options.dump_key.startswith(":")
     with running(RESTORE, project, options.dump_key) as run:
@@ -68,7 +69,7 @@ def restore(options: Options) -> str:
 
             # 4. Leave it under a name of its own, or swap it in.
             if as_name:
-                _hand_over(held, run, temporary, as_name, project.database)
+                _hand_over(held, run, temporary, as_name, project.database, options.replace)
             else:
                 _swap_in(project, held, run, temporary, keep=options.reversible and not local)
                 if not local and not options.reversible:
@@ -107,6 +108,7 @@ def _dump_build(project: Project, storage: Storage, key: str) -> Build:
     """Look at a dump, refuse what cannot work, and return what builds a database from it."""
     options = project.options
     tools = process.find_tools(options.bin_dir)
+    project.server.conninfo(project.database)  # refuses what pg_restore cannot be told
     manifest = archive.read_manifest(storage, key)
     if manifest is not None:
         _check_manifest(project, tools, manifest)
@@ -119,26 +121,37 @@ def _dump_build(project: Project, storage: Storage, key: str) -> Build:
         if head.startswith(MAGIC):
             archive.check_unmanifested(storage, key)
             return None
-        raise exceptions.CorruptDump(
-            f'The dump "{key}" has no manifest, so that it cannot be proven complete.',
-            "If you must, restore it by hand into a database of its own: docs/archive-format.md shows how.",
-        )
+        raise _unproven(key)
 
     def build(held: Lock, run: Run, temporary: str) -> None:
         with (
             streams.open_source(storage, key, find_codec) as source,
             load.open_archive(tools, source) as contents,
         ):
+            if manifest is None and not contents.compressed:
+                raise _unproven(key)
             primary = properties.read(held.session, project.database)
+            marker = Marker("temp", project.database, run.id)
             work = databases.create(held.session, run.id, template=options.template, like=primary)
-            databases.publish(held.session, work, temporary, Marker("temp", project.database, run.id))
+            databases.mark(held.session, work, marker)
             report = Reporter(project, run, manifest.raw_size if manifest else None)
-            digest = load.load(tools, project.server, temporary, contents, source, foreign_keys, loading, report)
+            digest = load.load(tools, project.server, work, contents, source, foreign_keys, loading, report)
             load.prove(manifest, key, digest, source.raw_size)
-            absent = load.absent_foreign_keys(project.server, temporary, foreign_keys)
-            load.prove_objects(project.server, temporary, contents, loading, absent)
+            absent = load.absent_foreign_keys(project.server, work, foreign_keys)
+            load.prove_objects(project.server, work, contents, loading, absent)
+            # Only now: the work name is this run's alone, also when another one has begun because the lock was lost.
+            held.verify()
+            databases.publish(held.session, work, temporary, marker)
 
     return build
+
+
+def _unproven(key: str) -> exceptions.CorruptDump:
+    """The error for a dump that only its manifest could prove complete. Those of django-pgclone are compressed by pg_dump."""
+    return exceptions.CorruptDump(
+        f'The dump "{key}" has no manifest, so that it cannot be proven complete.',
+        "If you must, restore it by hand into a database of its own: docs/archive-format.md shows how.",
+    )
 
 
 def _check_manifest(project: Project, tools: Tools, manifest: Manifest) -> None:
@@ -249,9 +262,10 @@ def _routed(
         yield routed
 
 
-def _hand_over(held: Lock, run: Run, temporary: str, name: str, source: str) -> None:
+def _hand_over(held: Lock, run: Run, temporary: str, name: str, source: str, replace: bool) -> None:
+    held.verify()
     databases.end_sessions(held.session, temporary)
-    databases.publish(held.session, temporary, name, Marker("copy", source, run.id))
+    databases.publish(held.session, temporary, name, Marker("copy", source, run.id), replace=replace)
 
 
 def _swap_in(project: Project, held: Lock, run: Run, temporary: str, keep: bool) -> None:

@@ -171,6 +171,8 @@ def _readable(bin: Path, root: Path) -> Path:
     for folder in (package.name, f"{package.name}.libs"):
         if (package.parent / folder).is_dir():
             shutil.copytree(package.parent / folder, target / folder, ignore=shutil.ignore_patterns("*.a", "include"))
+    for path in (target, *target.rglob("*")):
+        path.chmod(path.stat().st_mode | (0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644))
     return target / package.name / bin.parent.name / "bin"
 
 

@@ -73,9 +73,9 @@ def _state(subcommand: str, seen: set[str]) -> str:
     return _UNTOUCHED.get(subcommand, "")
 
 
-def _general_arguments() -> argparse.ArgumentParser:
+def _general_arguments() -> CommandParser:
     """Django's own options, which are understood behind the subcommand as well."""
-    parser = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    parser = CommandParser(add_help=False, argument_default=argparse.SUPPRESS)
     for flag in ("--settings", "--pythonpath"):
         parser.add_argument(flag, help=argparse.SUPPRESS)
     for flag in ("--traceback", "--no-color", "--force-color", "--skip-checks"):
@@ -124,7 +124,8 @@ def _ls_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _copy_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dump_key", metavar=":name", help="The database to make.")
+    # Optional for argparse: call_command(..., dump_key=...) cannot give it otherwise.
+    parser.add_argument("dump_key", nargs="?", metavar=":name", help="The database to make.")
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
