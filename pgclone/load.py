@@ -84,14 +84,14 @@ def load(
     conninfo = _conninfo(server, database)
     pg_restore = functools.partial(process.pg_restore, tools, conninfo, owner=loading.owner, acl=loading.acl)
     with pg_restore(section="pre-data", archive=contents.head) as child:
-        verdict.judge(child, loading.allow_errors)
+        verdict.judge(child, contents.names, loading.allow_errors)
     with pg_restore(section="data", archive=None) as child:
         _feed(child, contents, source, progress)
         digest = source.drain()
-        verdict.judge(child)
+        verdict.judge(child, contents.names)
     entries = toc.without(contents, foreign_keys)
     with pg_restore(section="post-data", archive=contents.head, entries=entries) as child:
-        verdict.judge(child, loading.allow_errors)
+        verdict.judge(child, contents.names, loading.allow_errors)
     with server.connect(database) as session:
         added = [
             foreign_key
@@ -100,7 +100,7 @@ def load(
         ]
     if comments := toc.only_comments(contents, added):
         with pg_restore(section="post-data", archive=contents.head, entries=comments) as child:
-            verdict.judge(child, loading.allow_errors)
+            verdict.judge(child, contents.names, loading.allow_errors)
     return digest
 
 

@@ -48,6 +48,11 @@ class Contents:
         return (match for line in self.listing.splitlines() if (match := _ENTRY.fullmatch(line)))
 
     @property
+    def names(self) -> dict[int, str]:
+        """The entries by their IDs: kind, schema, name and owner."""
+        return {int(entry["id"]): entry["text"] for entry in self.entries()}
+
+    @property
     def compressed(self) -> bool:
         """Whether pg_dump compressed the rows, which protects them by checksums."""
         return re.search(r"^;\s+Compression: (none|0)$", self.listing, re.MULTILINE) is None

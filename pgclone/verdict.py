@@ -7,7 +7,7 @@ language. Whatever cannot be told apart counts as a failure.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pgclone import exceptions
@@ -41,17 +41,18 @@ class Failure:
         return f"{self.entry.strip()}: {self.message}"
 
 
-def judge(child: Child, allowed: Sequence[str] = ()) -> None:
+def judge(child: Child, entries: Mapping[int, str], allowed: Sequence[str] = ()) -> None:
     """Wait for pg_restore and accept what it did, or not.
 
     Args:
-        allowed: Archive entries (as `pg_restore --list` names them, without the numbers) that may fail.
+        entries: The archive's entries by their IDs, as `pg_restore --list` names them. Its errors leave the schema out.
+        allowed: Those of them that may fail.
 
     Raises:
         ToolFailed: It was killed, it gave up, or at least one error is neither harmless nor allowed.
     """
     status = child.wait()
-    failures = list(_parse(child.errors))
+    failures = list(_parse(child.errors, entries))
     ignored = re.search(r"^pg_restore: warning: errors ignored on restore: (\d+)$", child.errors, re.MULTILINE)
     if status == 0 and not failures:
         return
@@ -85,7 +86,7 @@ def check_allowed(allowed: Sequence[str]) -> None:
             raise exceptions.ValueError(f'--allow-error "{entry}": errors of data are never allowed.', "Leave it out.")
 
 
-def _parse(errors: str) -> Iterator[Failure]:
+def _parse(errors: str, entries: Mapping[int, str]) -> Iterator[Failure]:
     entry = ""
     current: Failure | None = None
     for line in errors.splitlines():
@@ -96,8 +97,8 @@ def _parse(errors: str) -> Iterator[Failure]:
             words = line.removeprefix("pg_restore: ")
             if match := re.fullmatch(r"while (INITIALIZING|FINALIZING|PROCESSING TOC):", words):
                 entry = match[1]
-            elif match := re.fullmatch(r"from TOC entry \d+; \d+ \d+ (.*)", words):
-                entry = match[1] + " "
+            elif match := re.fullmatch(r"from TOC entry (\d+); \d+ \d+ (.*)", words):
+                entry = entries.get(int(match[1]), match[2]) + " "
             elif words.startswith("error: "):
                 current = Failure(entry, words.removeprefix("error: "))
         elif current is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tests.faults import Tally, wait_until
 from tests.forks import Forks
@@ -89,6 +90,12 @@ class Shop:
 
     def run(self, *argv: str, **options: object) -> Done:
         return self.forks.run(self.project, "pgclone", *argv, **options)  # type: ignore[arg-type]
+
+    def special(self, *flags: str) -> Path:
+        """A dump of its own, which the commands on the shop's do not find."""
+        done = self.run("dump", "--instance", "special", *flags)
+        assert done.status == 0, done.err
+        return self.project.dumps / self.run("ls", "special").lines[0]
 
     def sell(self) -> None:
         """Change the shop's rows, so that each state of it is another one."""

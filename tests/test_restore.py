@@ -58,3 +58,30 @@ def test_a_restore_under_another_name_swaps_nothing(project: Project) -> None:
     project.restore(key, "--as", ":yesterday")
     assert (project.books(), project.books("yesterday")) == (55, 50)
     assert project.databases() == ["shop", "yesterday"]
+
+
+def test_what_django_pgclone_left_behind_is_kept_and_can_be_restored(project: Project) -> None:
+    project.server.run("createdb", "-T", "shop", "shop__pre")
+    key = project.dump()
+    project.fill(3)
+    refused = project.pgclone("restore", key, "--reversible")
+    assert refused.status == 1 and 'DROP DATABASE "shop__pre"' in refused.err
+    plain = project.restore(key)
+    assert "shop__pre" in plain.err
+    project.fill(4)
+    project.restore(":pre")
+    assert project.databases() == ["shop", "shop__pre"]
+    assert project.books() == 50
+
+
+def test_a_reversible_copy_of_another_role_is_named_before_anything_is_done(project: Project) -> None:
+    key = project.dump()
+    project.restore(key, "--reversible")
+    project.sql("CREATE ROLE plain CREATEDB LOGIN PASSWORD 'plain'; ALTER DATABASE shop OWNER TO plain")
+    try:
+        project.database |= {"USER": "plain", "PASSWORD": "plain"}
+        done = project.pgclone("restore", key, "--reversible")
+        assert done.status == 1
+        assert done.err.startswith('Database "shop__pre" is in the way: it belongs to the role "postgres".')
+    finally:
+        project.sql("ALTER DATABASE shop OWNER TO postgres; DROP ROLE plain")

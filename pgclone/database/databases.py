@@ -207,7 +207,7 @@ def foreign(name: str) -> exceptions.NotPossible:
     """The error for a database that is in the way, and that this tool did not make."""
     quoted = name.replace('"', '""')
     return exceptions.NotPossible(
-        f'Database "{name}" is in the way, and pgclone did not make it.',
+        f'Database "{name}" is in the way, and pgclone did not make it for this purpose.',
         f'If nobody needs it (django-pgclone leaves such databases behind): DROP DATABASE "{quoted}";',
     )
 

@@ -111,10 +111,18 @@ def check_names(session: Session, database: str, *, keep: bool) -> None:
         session: A maintenance session.
 
     Raises:
-        NotPossible: Another database has one of the names.
+        NotPossible: Another database has one of the names, or another role's.
     """
     for kind in _kinds(keep):
-        _out_of_the_way(session, database, kind, names.new_run())
+        move = _out_of_the_way(session, database, kind, names.new_run())
+        owner = move and session.value(
+            "SELECT pg_get_userbyid(datdba)::text FROM pg_database WHERE oid = %s", [move.oid]
+        )
+        if move and owner and not session.value("SELECT pg_has_role(%s, 'MEMBER')", [owner]):
+            raise exceptions.NotPossible(
+                f"Database {quoted(move.name)} is in the way: it belongs to the role {quoted(owner)}.",
+                "Have that role drop it, or give it to the one that restores: ALTER DATABASE … OWNER TO …",
+            )
 
 
 @dataclass(frozen=True)

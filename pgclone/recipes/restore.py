@@ -13,7 +13,7 @@ from pgclone.database import catalogue, databases, properties, rights, route
 from pgclone.database.lock import Lock, lock, take
 from pgclone.database.names import DERIVED, Marker, derive
 from pgclone.database.properties import Properties
-from pgclone.database.swap import swap
+from pgclone.database.swap import check_names, swap
 from pgclone.events import log
 from pgclone.host import Storage
 from pgclone.load import Loading
@@ -45,6 +45,7 @@ def restore(options: Options) -> str:
     databases.check_strategy(options.strategy)
     as_name = check_local_name(project, options.as_name) if options.as_name else None
     local = options.dump_key.startswith(":")
+    keep = options.reversible and not local and not as_name
     with running(RESTORE, project, options.dump_key) as run:
         if local:
             key = options.dump_key
@@ -54,7 +55,7 @@ def restore(options: Options) -> str:
             key = _resolve(storage, options)
             run = replace(run, key=key)
             build = _dump_build(project, storage, key)
-        with locked(project, run, as_name) as held:
+        with locked(project, run, as_name, keep) as held:
             # 2. Build the database beside the primary one, and prove it.
             primary = properties.read(held.session, project.database)
             log.info("restore_started", alias=options.database, database=project.database, key=key)
@@ -71,8 +72,8 @@ def restore(options: Options) -> str:
             if as_name:
                 _hand_over(held, run, temporary, as_name, project.database, options.replace)
             else:
-                _swap_in(project, held, run, temporary, keep=options.reversible and not local)
-                if not local and not options.reversible:
+                _swap_in(project, held, run, temporary, keep)
+                if not local and not keep:
                     _drop_reversible_copies(project, held)
     log.info("restore_finished", alias=options.database, database=as_name or project.database, key=key)
     return key
@@ -205,14 +206,13 @@ def _local_build(project: Project, key: str) -> Build:
 
 
 @contextlib.contextmanager
-def locked(project: Project, run: Run, as_name: str | None) -> Iterator[Lock]:
+def locked(project: Project, run: Run, as_name: str | None, keep: bool = False) -> Iterator[Lock]:
     """Hold the lock of the database, refuse what the swap could not do, clear what dead runs left.
 
     At the end, whatever happened, drop what the run made and did not hand over.
     """
     options, server, database = project.options, project.server, project.database
-    derived = [derive(database, kind) for kind in DERIVED]
-    check_unconfigured(*derived)
+    check_unconfigured(*(derive(database, kind) for kind in DERIVED))
 
     def waiting(holder: str) -> None:
         log.warning("lock_awaited", database=database, holder=holder)
@@ -224,11 +224,12 @@ def locked(project: Project, run: Run, as_name: str | None) -> Iterator[Lock]:
             _check_target(held, as_name, options.replace)
         else:
             rights.check(server, held.session, database)
+            check_names(held.session, database, keep=keep)
         take(held.session, f"run:{run.id}")
         for name in [*databases.left_overs(held.session, database)]:
             _drop_quietly(held, name)
-        for name in derived[:2] if as_name else derived:
-            _check_replaceable(held, name)
+        if (temporary := databases.find(held.session, derive(database, "temp"))) and not temporary.temporary:
+            raise databases.foreign(temporary.name)
         stack.callback(_drop_remains, project, run)
         yield held
 
@@ -243,12 +244,6 @@ def _check_target(held: Lock, name: str, replace: bool) -> None:
     raise exceptions.NotPossible(
         f'Database "{name}" exists already, and {whose}.', "Choose another name, or replace it with --replace."
     )
-
-
-def _check_replaceable(held: Lock, name: str) -> None:
-    found = databases.find(held.session, name)
-    if found is not None and not found.ours:
-        raise databases.foreign(name)
 
 
 @contextlib.contextmanager
