@@ -21,6 +21,10 @@ def _check_plugins() -> list[checks.CheckMessage]:
 
     built = host.build(conf.resolve())
     messages = [_message(failure.as_error(), "pgclone.E002") for failure in built.failures]
+    messages += [
+        checks.Warning(f'PGCLONE_DISABLED_PLUGINS names "{name}", which is no plugin.', id="pgclone.W001")
+        for name in built.unknown
+    ]
     for name, call in built.callers("check_settings"):
         try:
             messages += [message for answer in call(settings=conf.settings()) for message in answer]

@@ -62,13 +62,17 @@ class Host:
     plugins: tuple[Plugin, ...]
     failures: tuple[Failure, ...] = ()
     codecs: Mapping[str, Codec] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+    """Names in `PGCLONE_DISABLED_PLUGINS` that no plugin has."""
 
     def require_all(self) -> None:
         """Refuse to work when a plugin is missing: it may be the one that masks personal data.
 
         Raises:
-            PluginError: The first plugin that could not be loaded.
+            PluginError: The first plugin that could not be loaded. The log names the others.
         """
+        for other in self.failures[1:]:
+            log.error("plugin_failed", error=str(other.as_error()))
         for failure in self.failures:
             raise failure.as_error() from failure.error
 
@@ -177,7 +181,10 @@ def build(options: Options) -> Host:
     plugins: list[Plugin] = []
     failures: list[Failure] = []
 
+    seen: set[str] = set()
+
     def load(name: str, origin: str, version: str, find: Any) -> None:
+        seen.add(name)
         if name in options.disabled_plugins:
             return
         plugin: object = None
@@ -207,7 +214,8 @@ def build(options: Options) -> Host:
             _collect(codecs, manager, plugin)
         except Exception as error:  # noqa: BLE001
             failures.append(Failure(plugin.name, plugin.origin, error))
-    return Host(manager, tuple(reversed(plugins)), tuple(failures), codecs)
+    unknown = tuple(sorted({*options.disabled_plugins} - seen))
+    return Host(manager, tuple(reversed(plugins)), tuple(failures), codecs, unknown)
 
 
 def validate(manager: pluggy.PluginManager, plugin: object, name: str) -> None:

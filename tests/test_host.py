@@ -411,3 +411,17 @@ def test_check_collects_what_plugins_find_and_says_which_of_them_fail(
         ("pgclone.E003", "The check_settings hook of the plugin \"broken\" failed: KeyError('SOME_SETTING')"),
         ("two.W001", "two saw not a secret"),
     ]
+
+
+def test_check_reports_disabled_names_that_no_plugin_has(
+    findings: Callable[..., list[tuple[str | None, str]]], settings: Any
+) -> None:
+    settings.PGCLONE_DISABLED_PLUGINS = ["zstd", "zstdd"]
+    assert findings() == [("pgclone.W001", 'PGCLONE_DISABLED_PLUGINS names "zstdd", which is no plugin.')]
+
+
+def test_all_failures_are_named(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    host = build(shop.module("one", "1 / 0"), shop.module("two", "1 / 0"))
+    with pytest.raises(exceptions.PluginError, match='"two"'):
+        host.require_all()
+    assert 'The plugin "one"' in caplog.text
