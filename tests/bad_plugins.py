@@ -105,6 +105,26 @@ asks_in_threads = Plugin(pre_swap=_ask_in_threads, post_restore=_ask_in_threads)
 masks_in_a_thread = Plugin(pre_swap=_mask_in_a_thread)
 
 
+class Older:
+    """Starts a thread when it is loaded, which has ended when the hook starts its own: they get its identifier."""
+
+    @property
+    def asks_in_threads(self) -> Plugin:
+        over = threading.Event()
+        thread = threading.Thread(target=over.wait, daemon=True)
+        thread.start()
+
+        def ask(target: Target) -> None:
+            over.set()
+            thread.join()
+            _ask_in_threads(target)
+
+        return Plugin(pre_swap=ask)
+
+
+older = Older()
+
+
 class LeavesAtImport:
     def __getattr__(self, name: str) -> object:
         if name == "anything":

@@ -213,9 +213,9 @@ def _run(order: dict[str, Any]) -> int:
         execute_from_command_line(["manage.py", *order["argv"]])
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:  # noqa: BLE001  what the interpreter does with it
+    except BaseException as error:  # noqa: BLE001  what the interpreter does with it
         traceback.print_exc()
-        return 1
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 

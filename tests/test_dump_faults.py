@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,28 +151,24 @@ def test_pg_dump_ends_with_a_killed_dump_while_it_waits_for_a_table(dumps: Dumps
     dumps.check_after_a_fault("SIGKILL in dumps")
 
 
-def holding(project: Project, statement: str):  # type: ignore[no-untyped-def]
+@contextlib.contextmanager
+def holding(project: Project, statement: str) -> Iterator[None]:
     """A transaction that has run a statement and stays open for the block."""
-    import contextlib
-    import subprocess
-
-    @contextlib.contextmanager
-    def hold() -> Iterator[None]:
-        process = subprocess.Popen(
-            [str(project.server.bin / "psql"), "-XAtq", "-d", project.name],
-            env=project.server.environ(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdin and process.stdout
-        process.stdin.write(f"BEGIN; {statement}; SELECT 'held';\n")
-        process.stdin.flush()
-        assert process.stdout.readline() == "held\n"
+    process = subprocess.Popen(
+        [str(project.server.bin / "psql"), "-XAtq", "-d", project.name],
+        env=project.server.environ(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin and process.stdout
+    process.stdin.write(f"BEGIN; {statement}; SELECT 'held';\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "held\n"
+    try:
         yield
+    finally:
         process.communicate("ROLLBACK;\n")
-
-    return hold()
 
 
 @pytest.mark.parametrize("after", [0, 1, 5_000, 20_000])

@@ -81,15 +81,15 @@ class Session:
 
     @contextlib.contextmanager
     def transaction(self, begin: str = "BEGIN") -> Iterator[None]:
-        """A clean end of the block commits, an exception rolls back."""
-        self.execute(begin)
+        """A clean end of the block commits, an exception rolls back: wherever a signal raises it, no lock is left behind."""
         try:
+            self.execute(begin)
             yield
+            self.execute("COMMIT")
         except BaseException:
             with contextlib.suppress(exceptions.ServerError):  # a lost connection has rolled back already
                 self.execute("ROLLBACK")
             raise
-        self.execute("COMMIT")
 
     @property
     def pid(self) -> int:

@@ -305,6 +305,7 @@ def _drop_quietly(held: Lock, name: str) -> None:
 def _drop_remains(project: Project, run: Run) -> None:
     try:
         with project.server.connect() as session:
+            session.execute("SET lock_timeout = '10s'")  # of a session of this run that was interrupted twice
             for name in [*databases.remains(session, run.id)]:
                 databases.end_sessions(session, name)
                 databases.drop(session, name)
