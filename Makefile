@@ -16,7 +16,7 @@ demo: $(venv)/.demo  ## Dump, break and restore the database of a small shop, on
 	@$(bin)/python examples/demo.py
 
 test: $(venv)/.develop  ## Run the tests (ARGS="-k swap" for some of them)
-	@$(bin)/python -m pytest -m "not soak" $(ARGS)
+	@$(bin)/python -m pytest -m "not soak" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 soak: $(venv)/.develop  ## Run the long tests: faults injected over and over
 	@$(bin)/python -m pytest -m soak $(ARGS)

@@ -50,7 +50,8 @@ class Forks:
 
     def __exit__(self, *_: object) -> None:
         for pid in self._running:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # killed, and nobody has waited for it
+                os.kill(pid, signal.SIGKILL)
         self._server.communicate()
         self._folder.cleanup()
 
