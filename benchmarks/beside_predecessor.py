@@ -108,7 +108,9 @@ def run(root: Path, server: Server, name: str, python: Path, command: Sequence[s
         "SHELL": "/bin/bash",
     }
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run([python, "-m", "django", "pgclone", *command], env=environ, capture_output=True, text=True)
+    # In a folder of its own, since Python looks for the package `pgclone` in the working directory first.
+    argv = [python, "-m", "django", "pgclone", *command]
+    done = subprocess.run(argv, env=environ, cwd=root, capture_output=True, text=True)
     wall, after = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode != 0:
         sys.exit(f"{name} {command[0]} failed: {done.stderr}{done.stdout}")

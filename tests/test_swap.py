@@ -504,7 +504,11 @@ class Children:
 
     def put_back(self) -> None:
         """Either nothing has happened or all of it; then make what is needed for the next one."""
-        found = {name: self.world.content(name) for name in self.world.databases() if name.startswith(("app", "pgclone_work"))}
+        found = {
+            name: self.world.content(name)
+            for name in self.world.databases()
+            if name.startswith(("app", "pgclone_work"))
+        }
         assert found.keys() in ({"app", "app__temp"}, {"app", "app__swap"}), found
         assert set(found.values()) == {"a", "b"}
         if "app__swap" in found:
