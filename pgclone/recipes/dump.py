@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import version
 
@@ -154,7 +155,8 @@ def _describe(
 
 
 @contextlib.contextmanager
-def _snapshot(session: Session):  # type: ignore[no-untyped-def]
+def _snapshot(session: Session) -> Iterator[str]:
+    """Export the snapshot of a transaction that stays open for the time of the block. Gives its name."""
     with session.transaction("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"):
         yield session.value("SELECT pg_export_snapshot()")
 
