@@ -45,7 +45,8 @@ class Contents:
     listing: str
 
     def entries(self) -> Iterator[re.Match[str]]:
-        return (match for line in self.listing.splitlines() if (match := _ENTRY.fullmatch(line)))
+        # Not splitlines: names may hold what Python, but not pg_restore, takes for a line break.
+        return (match for line in self.listing.split("\n") if (match := _ENTRY.fullmatch(line)))
 
     @property
     def names(self) -> dict[int, str]:

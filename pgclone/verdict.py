@@ -89,7 +89,7 @@ def check_allowed(allowed: Sequence[str]) -> None:
 def _parse(errors: str, entries: Mapping[int, str]) -> Iterator[Failure]:
     entry = ""
     current: Failure | None = None
-    for line in errors.splitlines():
+    for line in errors.split("\n"):  # not splitlines, which breaks at more than line feeds
         if line.startswith("pg_restore: "):
             if current is not None:
                 yield current

@@ -288,6 +288,7 @@ def owner(app: Project, world: World, role: str, password: str) -> Iterator[None
 # What is in the database
 
 TABLES = [
+    "line\u2028break\x85and\x0cpage",  # what Python takes for line breaks, and pg_restore does not
     "100% %s %(x)s",
     'quo"te',
     "quo'te",

@@ -567,9 +567,7 @@ def test_kill_9_in_the_worst_moments(children: Children, where: str) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize(
-    "version", [18, pytest.param(15, marks=pytest.mark.skipif(not POSTGRES_15.exists(), reason="15"))]
-)
+@pytest.mark.parametrize("version", [18, *([15] if POSTGRES_15.exists() else [])])
 def test_800_kills(worlds: Callable[[int], World], version: int) -> None:
     world = worlds(version)
     world.create("app", "a")
