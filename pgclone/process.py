@@ -6,6 +6,7 @@ this process: it is terminated when a block ends with an exception, and on Linux
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import re
@@ -124,7 +125,7 @@ def find_tools(bin_dir: str = "") -> Tools:
 
 @contextlib.contextmanager
 def pg_dump(
-    tools: Tools, conninfo: Conninfo, *, snapshot: str, excluded: Sequence[str], lock_timeout: str = ""
+    tools: Tools, conninfo: Conninfo, *, snapshot: str, excluded: Sequence[str], encoding: str, lock_timeout: str = ""
 ) -> Iterator[BinaryIO]:
     """Dump a database as a custom-format archive, uncompressed, with owners and privileges.
 
@@ -133,12 +134,16 @@ def pg_dump(
     Args:
         snapshot: An exported snapshot, so that the archive shows what its exporter saw.
         excluded: Patterns of tables whose rows are left out.
+        encoding: Of the database, as PostgreSQL names it.
 
     Raises:
         ToolFailed: pg_dump failed or was killed.
     """
     argv = [tools.pg_dump, "--format=custom", "--compress=0", "--no-password", f"--snapshot={snapshot}"]
-    argv += [f"--exclude-table-data={pattern}" for pattern in excluded]
+    for (
+        pattern
+    ) in excluded:  # pg_dump takes it for text in the encoding of the database, and ignores what matches nothing
+        argv.append(os.fsdecode(f"--exclude-table-data={pattern}".encode(_python_encoding(encoding))))
     argv += [f"--lock-wait-timeout={lock_timeout}"] if lock_timeout else []
     argv += [*_connection(conninfo)]
     with _start(argv, conninfo, stdout=subprocess.PIPE) as child:
@@ -184,7 +189,8 @@ def table_of_contents(tools: Tools, archive: Path) -> str | None:
     with _start([tools.pg_restore, "--list", str(archive)], stdout=subprocess.PIPE) as child:
         text = child.stdout.read()
         if child.wait() == 0:
-            return text.decode()
+            encoding = _encoding(_script(tools, archive, Path(os.devnull)))
+            return text.decode(encoding, errors="replace")
         if "unsupported version" in child.errors:
             raise exceptions.ToolFailed(
                 f"The dump was made by a newer pg_dump than pg_restore {tools.text} can read: {child.errors.strip()}",
@@ -195,21 +201,33 @@ def table_of_contents(tools: Tools, archive: Path) -> str | None:
 
 def statements(tools: Tools, archive: Path, entries: Path) -> str:
     """The SQL that pg_restore would send for some entries of an archive."""
-    argv = [
-        tools.pg_restore,
-        "--format=custom",
-        "--file=-",
-        f"--use-list={entries}",
-        "--no-owner",
-        "--no-acl",
-        str(archive),
-    ]
-    with _start(argv, stdout=subprocess.PIPE) as child:
-        text = child.stdout.read()
+    script = _script(tools, archive, entries)
+    return script.decode(_encoding(script), errors="replace")
+
+
+def _script(tools: Tools, archive: Path, entries: Path) -> bytes:
+    argv = [tools.pg_restore, "--format=custom", "--file=-", f"--use-list={entries}", "--no-owner", "--no-acl"]
+    with _start([*argv, str(archive)], stdout=subprocess.PIPE) as child:
+        script = child.stdout.read()
         status = child.wait()
         if status != 0:
             raise failed(child, status)
-        return text.decode()
+        return script
+
+
+def _encoding(script: bytes) -> str:
+    """Python's name for the encoding of an archive, which is that of the dumped database."""
+    match = re.search(rb"^SET client_encoding = '(\w+)';", script, re.MULTILINE)
+    return _python_encoding(match[1].decode() if match else "UTF8")
+
+
+def _python_encoding(name: str) -> str:
+    """Python's name for an encoding of PostgreSQL's; UTF-8 for SQL_ASCII, which says nothing about its bytes."""
+    name = {"KOI8R": "koi8_r", "KOI8U": "koi8_u"}.get(name, re.sub(r"^WIN", "cp", name))
+    try:
+        return codecs.lookup(name).name
+    except LookupError:
+        return "utf-8"
 
 
 def failed(child: Child, status: int) -> exceptions.ToolFailed:

@@ -106,6 +106,7 @@ def _write(
                     project.server.conninfo(project.database),
                     snapshot=snapshot,
                     excluded=[relation.pattern for relation in excluded],
+                    encoding=shape.encoding,
                     lock_timeout=project.options.lock_timeout,
                 ) as output:
                     while block := output.read(BLOCK):
