@@ -1,4 +1,4 @@
-"""Django's settings for the tests. The session's server is filled in by conftest.py, for child processes too."""
+"""Django's settings for the tests. The session's server is filled in by fixtures.py, for child processes too."""
 
 import json
 import os

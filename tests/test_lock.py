@@ -15,7 +15,7 @@ from freezegun import freeze_time
 from pgclone import exceptions
 from pgclone.database.connection import Server
 from pgclone.database.lock import is_free, lock, take
-from tests.conftest import World
+from tests.fixtures import World
 from tests.test_swap import NAMES
 
 HOLDERS = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"

@@ -17,7 +17,7 @@ import pgclone
 from pgclone import exceptions
 from pgclone.database.names import derive
 from pgclone.testing import postgres as private
-from tests.conftest import World
+from tests.fixtures import World
 from tests.project import Project, open_project
 
 BAIT = "'\"; DROP TABLE x; --$(id)`id`%s%%{0}\\n&|<>é数"

@@ -10,7 +10,7 @@ import pytest
 from pgclone import exceptions
 from pgclone.database import names, properties
 from pgclone.database.properties import Setting, creation_options, read, replay, split_list, unreplayable
-from tests.conftest import POSTGRES_15, World
+from tests.fixtures import POSTGRES_15, World
 from tests.test_swap import RUN, TEMP, Clients, run_swap
 
 VERSIONS = [18, 15] if POSTGRES_15.exists() else [18]

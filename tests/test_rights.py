@@ -8,7 +8,7 @@ import pytest
 
 from pgclone import exceptions
 from pgclone.database.rights import check
-from tests.conftest import World
+from tests.fixtures import World
 from tests.test_swap import NAMES, TEMP, run_swap, state
 
 

@@ -24,7 +24,7 @@ from pgclone.database import connection, names
 from pgclone.database import swap as swap_module
 from pgclone.database.connection import Server
 from pgclone.database.swap import Swapped, check_names, swap
-from tests.conftest import POSTGRES_15, World
+from tests.fixtures import POSTGRES_15, World
 
 RUN = "0123456789ab"
 TEMP = names.Marker("temp", "app", RUN)

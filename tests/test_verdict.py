@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pgclone.testing.postgres import Server
-from tests.conftest import POSTGRES_15
+from tests.fixtures import POSTGRES_15
 from tests.project import Project, open_project
 
 
