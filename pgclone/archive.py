@@ -188,7 +188,8 @@ def free_key(storage: Storage, key: keys.Key) -> str:
 def sweep(storage: Storage, instance: str, after: timedelta) -> None:
     """Delete manifests and parts of an instance whose dump was never committed, when they are older than `after`.
 
-    Left-overs that only the storage can see (partial files and uploads) are the storage plugin's to remove.
+    Those that cannot be deleted stay, with one warning for all of them: credentials that may only write are good enough
+    for dumps. Left-overs that only the storage can see (partial files and uploads) are the storage plugin's to remove.
     """
     dumps: set[str] = set()
     orphans: list[Entry] = []
@@ -198,10 +199,33 @@ def sweep(storage: Storage, instance: str, after: timedelta) -> None:
             dumps.add(entry.key)
         elif keys.parse(keys.owner(entry.key) or "") and entry.modified is not None and entry.modified < limit:
             orphans.append(entry)
+    refused: list[tuple[str, str]] = []
     for entry in orphans:
         if keys.owner(entry.key) not in dumps:
-            _delete(storage, entry.key)
-            log.info("left_over_deleted", key=entry.key)
+            try:
+                delete(storage, entry.key)
+            except exceptions.PgcloneError as error:
+                refused.append((entry.key, error.cause))
+            else:
+                log.info("left_over_deleted", key=entry.key)
+    if refused:
+        key, cause = refused[0]
+        log.warning("left_over_not_deleted", key=key, error=cause, count=len(refused))
+
+
+def delete(storage: Storage, key: str) -> bool:
+    """Delete an object of a storage. Whether it was there.
+
+    Raises:
+        StorageError: It cannot be deleted.
+    """
+    try:
+        return bool(storage.delete(location=storage.location, key=key))
+    except exceptions.PgcloneError:
+        raise
+    except Exception as error:
+        words = getattr(error, "strerror", None) or error
+        raise exceptions.StorageError(f'"{key}" in {storage.location} could not be deleted: {words}') from error
 
 
 def discard_manifest(storage: Storage, manifest: Manifest) -> None:
@@ -224,16 +248,6 @@ def _everything(storage: Storage, prefix: str) -> Iterator[Entry]:
     except Exception as error:
         words = getattr(error, "strerror", None) or error
         raise exceptions.StorageError(f"{storage.location} cannot be listed: {words}") from error
-
-
-def _delete(storage: Storage, key: str) -> None:
-    try:
-        storage.delete(location=storage.location, key=key)
-    except exceptions.PgcloneError:
-        raise
-    except Exception as error:
-        words = getattr(error, "strerror", None) or error
-        raise exceptions.StorageError(f'"{key}" in {storage.location} could not be deleted: {words}') from error
 
 
 def _digest(body: Mapping[str, Any]) -> str:

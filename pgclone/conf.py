@@ -17,7 +17,7 @@ from typing import Any
 
 from pgclone import exceptions
 
-LS, DUMP, RESTORE, COPY = "ls", "dump", "restore", "copy"
+LS, DUMP, RESTORE, COPY, DOCTOR = "ls", "dump", "restore", "copy", "doctor"
 NONE = "none"
 """The label of a dump that no configuration describes."""
 
@@ -85,7 +85,7 @@ class Options:
         "Where dumps are stored: a folder, or a URL that a plugin serves.",
         ".pgclone/",
         flags=("-s", "--storage-location"),
-        on=(LS, DUMP, RESTORE),
+        on=(LS, DUMP, RESTORE, DOCTOR),
         metavar="LOCATION",
     )
     instance: str = _option(

@@ -24,6 +24,7 @@ _LINES = {
     "copy_started": 'Copying database "{alias}" to "{key}"',
     "copy_finished": 'Database "{alias}" copied to "{key}"',
     "left_over_deleted": 'Deleted "{key}", which a dead run had left',
+    "left_over_not_deleted": "Left-overs of dead runs that stay: {count}. {error}",
     "database_not_dropped": 'Database "{database}" could not be dropped: {error}',
     "databases_left": "Databases of this run could not be dropped, the next run will: {error}",
     "hook_failed": 'The {hook} hook of the plugin "{plugin}" failed: {error}',

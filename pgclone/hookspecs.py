@@ -60,7 +60,7 @@ def delete_key(location: Location, key: str) -> bool | None:
     """Delete `key` under `location`.
 
     Called to sweep what dead runs left. The first answer wins: return None when the location is not yours, True when the
-    key was deleted, False when it was not there. Raising aborts the command.
+    key was deleted, False when it was not there. Raising aborts nothing: what stays is told as a warning.
     """
 
 

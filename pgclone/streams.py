@@ -182,27 +182,32 @@ def open_source(storage: Storage, key: str, find_codec: Callable[[bytes], Codec 
 
 @contextlib.contextmanager
 def _opened(storage: Storage, key: str, mode: str, size_hint: int | None) -> Iterator[BinaryIO]:
-    """The storage's block, with what opening and committing raise in this project's words."""
-    entered = left = False
+    """The storage's block, with what opening, committing and discarding raise in this project's words."""
+    own: BaseException | None = None
     try:
         opened = storage.open(location=storage.location, key=key, mode=mode, size_hint=size_hint)
         if opened is None:
             raise exceptions.PluginError(f"The plugin that lists {storage.location} does not open keys in it.")
         with opened as raw:
-            entered = True
-            yield raw
-            left = True
-        if not left:  # it swallowed the exception that should have discarded everything
+            try:
+                yield raw
+            except BaseException as error:
+                own = error
+                raise
+        if own is not None:  # the storage swallowed the exception that should have discarded everything
             raise exceptions.PluginError(
                 f"The storage of {storage.location} hides exceptions: its block must let them pass."
             )
     except exceptions.PgcloneError:
         raise
     except Exception as error:
-        if entered and not left:
+        if error is own:
             raise
-        verb = "opened" if mode == "rb" else "written"
-        raise exceptions.StorageError(f'"{key}" in {storage.location} could not be {verb}: {_words(error)}') from error
+        verb = "opened" if mode == "rb" else "written" if own is None else "discarded"
+        raise exceptions.StorageError(
+            f'"{key}" in {storage.location} could not be {verb}: {_words(error)}',
+            f"That was tried because of this: {_words(own)}" if own else "",
+        ) from error
 
 
 def _codec_failed(codec: Codec | None, error: Exception) -> exceptions.PluginError:

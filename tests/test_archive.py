@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -302,22 +303,77 @@ def test_a_storage_that_cannot_be_listed_is_named(call: Any) -> None:
         call(serve(Gone(), "gone://any"))
 
 
-def test_a_left_over_that_cannot_be_deleted_is_named() -> None:
-    yesterday = datetime.now(timezone.utc) - timedelta(days=1)
+class WriteOnly:
+    """What credentials that may not delete look like."""
 
-    class ReadOnly:
+    def __init__(self, *keys: str) -> None:
+        two_days_ago = datetime.now(timezone.utc) - timedelta(days=2)
+        self.entries = [Entry(key, 1, two_days_ago) for key in keys]
+
+    @hookimpl
+    def storage_open(self) -> None: ...
+
+    @hookimpl
+    def list_keys(self) -> Any:
+        return iter(self.entries)
+
+    @hookimpl
+    def delete_key(self) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+
+def test_left_overs_that_cannot_be_deleted_are_told_once_and_stay(caplog: pytest.LogCaptureFixture) -> None:
+    orphans = [f"{KEY}.json", PART, f"{KEY}.parts/00002"]
+    archive.sweep(serve(WriteOnly(*orphans), "write://only"), "prod", timedelta(0))
+    (record,) = caplog.records
+    assert (record.levelname, vars(record)["event"]) == ("WARNING", "left_over_not_deleted")
+    assert vars(record)["fields"] == {
+        "key": f"{KEY}.json",
+        "error": f'"{KEY}.json" in write://only could not be deleted: Permission denied',
+        "count": 3,
+    }
+
+
+def test_a_left_over_that_cannot_be_deleted_does_not_save_the_others(storage: Storage, folder: Path) -> None:
+    class Picky:
+        storage_open, list_keys = staticmethod(files.storage_open), staticmethod(files.list_keys)
+
         @hookimpl
-        def storage_open(self) -> None: ...
+        def delete_key(self, location: Any, key: str) -> bool | None:
+            if key == f"{KEY}.json":
+                raise exceptions.StorageError("It is locked.", "Wait.")
+            return files.delete_key(location, key)
 
-        @hookimpl
-        def list_keys(self) -> Any:
-            return iter([Entry(f"{KEY}.json", 1, yesterday)])
+    for key in (f"{KEY}.json", PART):
+        stored.put(storage, key, b"")
+    hour_ago = datetime.now().timestamp() - 3600
+    for path in folder.rglob("*"):
+        os.utime(path, (hour_ago, hour_ago))
+    archive.sweep(serve(Picky(), str(folder)), "prod", timedelta(0))
+    assert stored.keys(storage) == [f"{KEY}.json"]
 
-        @hookimpl
-        def delete_key(self) -> bool:
-            raise PermissionError(13, "Permission denied")
 
-    with pytest.raises(
-        exceptions.StorageError, match=rf'^"{KEY}\.json" in read://only could not be deleted: Permission denied$'
-    ):
-        archive.sweep(serve(ReadOnly(), "read://only"), "prod", timedelta(0))
+class Undeletable:
+    """Local files of a role that may write and not delete. One was left by a dead run."""
+
+    storage_open = staticmethod(files.storage_open)
+
+    @hookimpl
+    def list_keys(self, location: Any, prefix: str) -> Any:
+        return itertools.chain(files.list_keys(location, prefix) or (), WriteOnly(f"{KEY}.json", PART).entries)
+
+    @hookimpl
+    def delete_key(self) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+
+UNDELETABLE = Undeletable()
+
+
+def test_a_role_that_may_not_delete_dumps_and_is_told_what_stays(project: Project) -> None:
+    done = project.call("dump", PGCLONE_PLUGINS=["tests.test_archive:UNDELETABLE"])
+    assert done.status == 0
+    assert done.err.splitlines()[0] == (
+        f'Left-overs of dead runs that stay: 2. "{KEY}.json" in {project.dumps} could not be deleted: Permission denied'
+    )
+    assert len(project.stored()) == 2

@@ -270,6 +270,25 @@ def test_a_storage_that_hides_the_dumps_exception_is_found_out() -> None:
             raise ZeroDivisionError
 
 
+def test_an_error_while_discarding_names_key_and_location_and_what_it_was_discarded_for() -> None:
+    class Undiscardable(Raw):
+        @contextlib.contextmanager
+        def open(self, **_: Any) -> Iterator[Any]:
+            try:
+                yield self.file
+            finally:
+                raise PermissionError(13, "Permission denied")
+
+    with pytest.raises(exceptions.StorageError) as caught:
+        with store(Undiscardable(Short()).storage, "key"):
+            raise exceptions.ToolFailed("pg_dump failed.", "See why.")
+    assert str(caught.value).splitlines() == [
+        '"key" in raw://any could not be discarded: Permission denied',
+        "That was tried because of this: pg_dump failed.",
+        "See why.",
+    ]
+
+
 def test_errors_with_cause_and_remedy_pass_as_they_are() -> None:
     denied = exceptions.StorageError("Access to the bucket is denied.", "Grant s3:PutObject.")
 

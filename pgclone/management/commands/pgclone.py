@@ -1,4 +1,4 @@
-"""manage.py pgclone: dump, ls, restore, copy, plugins. Arguments come from the table of options in `pgclone.conf`."""
+"""manage.py pgclone: dump, ls, restore, copy, doctor, plugins. Arguments come from the table of options in `pgclone.conf`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandParser
@@ -40,8 +40,9 @@ class Command(BaseCommand):
         call, names = _CALLS[subcommand]
         seen: set[str] = set()
         with self._ends_reported(subcommand, seen), show_events(self._show, options["verbosity"], seen):
-            for line in call(**{name: options[name] for name in names}):
-                self.stdout.write(line)
+            with closing(call(**{name: options[name] for name in names})) as lines:
+                for line in lines:
+                    self.stdout.write(line)
 
     def _show(self, text: str, level: int) -> None:
         """Write a line on stderr; only warnings and errors have a colour there."""
@@ -135,11 +136,21 @@ def _no_arguments(parser: argparse.ArgumentParser) -> None:
 def _silent(call: Any) -> Any:
     """Keys are the result in Python; on the command line, the events tell."""
 
-    def run(**options: Any) -> list[str]:
+    def run(**options: Any) -> Iterator[str]:
         call(**options)
-        return []
+        yield from ()
 
     return run
+
+
+def _ls(**options: Any) -> Iterator[str]:
+    yield from pgclone.ls(**options)
+
+
+def _doctor(**options: Any) -> Iterator[str]:
+    from pgclone.recipes import doctor
+
+    yield from doctor.doctor(conf.resolve(**options))
 
 
 def _plugins() -> Iterator[str]:
@@ -172,6 +183,7 @@ _SUMMARIES = {
     "dump": "Dump a database into storage.",
     "restore": "Restore a dump or a local database, and swap it in.",
     "copy": "Copy a database on its server.",
+    "doctor": "Try whether a storage location can do all that pgclone needs.",
     "plugins": "List the plugins, in the order in which their hooks are called.",
 }
 _ARGUMENTS = {
@@ -179,12 +191,14 @@ _ARGUMENTS = {
     "dump": _no_arguments,
     "restore": _no_arguments,
     "copy": _copy_arguments,
+    "doctor": _no_arguments,
     "plugins": _no_arguments,
 }
 _CALLS: dict[str, tuple[Any, list[str]]] = {
-    "ls": (pgclone.ls, [*_options(conf.LS), "instances", "databases", "configs", "local"]),
+    "ls": (_ls, [*_options(conf.LS), "instances", "databases", "configs", "local"]),
     "dump": (_silent(pgclone.dump), _options(conf.DUMP)),
     "restore": (_silent(pgclone.restore), _options(conf.RESTORE)),
     "copy": (_silent(pgclone.copy), [*_options(conf.COPY), "dump_key"]),
+    "doctor": (_doctor, _options(conf.DOCTOR)),
     "plugins": (_plugins, []),
 }
