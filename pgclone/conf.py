@@ -7,15 +7,20 @@ argument > configuration > setting > default.
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import difflib
 import os
 import socket
+import types
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from pgclone import exceptions
+
+_Table = TypeVar("_Table")
 
 LS, DUMP, RESTORE, COPY, DOCTOR = "ls", "dump", "restore", "copy", "doctor"
 NONE = "none"
@@ -218,6 +223,9 @@ class Options:
     statement_timeout: str = _option("statement_timeout of the maintenance statements.", "")
     lock_timeout: str = _option("lock_timeout of the maintenance statements, and of pg_dump's locks.", "")
     bin_dir: str = _option("The folder of pg_dump and pg_restore (default: found on PATH).", "")
+    transfer_memory: int = _option(
+        "MiB of memory that all open streams to and from object storage share.", 256, type=int
+    )
     plugins: tuple[str, ...] = _option("Hook modules of the project: dotted names, or module:object.", (), type=tuple)
     disabled_plugins: tuple[str, ...] = _option("Names of plugins that are not loaded.", (), type=tuple)
 
@@ -252,6 +260,12 @@ def resolve(config: str | None = None, **given: Any) -> Options:
     # What changes a dump's contents beside its configuration makes it a dump of no configuration.
     label = config if config and all(given.get(name) is None for name in _LABELLING) else NONE
     return Options(config=label, **values)
+
+
+def option(name: str) -> Any:
+    """The value of one of the project's options: its setting, or its default."""
+    (row,) = (row for row in TABLE if row.name == name)
+    return _value(row, None, {}, None)
 
 
 def check() -> list[exceptions.PgcloneError]:
@@ -290,6 +304,42 @@ def settings() -> Any:
 def setting(name: str, default: Any = None) -> Any:
     """A value of Django's settings."""
     return getattr(settings(), name, default)
+
+
+def read_settings(name: str, table: builtins.type[_Table]) -> _Table:
+    """A dict in the settings, as the frozen dataclass whose fields are its keys. For plugins with settings of their own.
+
+    Fields are str, int, float, bool or Mapping[str, str], or one of these or None. `field(metadata={"choices": …})` limits
+    what a value may be.
+
+    Raises:
+        ValueError: It is no dict, or has an unknown key or a value of the wrong type. The value is not shown.
+    """
+    given = setting(name) or {}
+    if not isinstance(given, Mapping):
+        raise exceptions.ValueError(f"settings.{name} must be a dict.", f'For example {name} = {{"key": "value"}}.')
+    fields = {item.name: item for item in dataclasses.fields(table)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(table)
+    values = {}
+    for key, value in given.items():
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            raise exceptions.ValueError(
+                f'settings.{name} has the key "{key}", which is no option.',
+                f'Did you mean "{close[0]}"?' if close else f"There are: {', '.join(fields)}.",
+            )
+        if not _has_type(value, hints[key]):
+            wanted = getattr(hints[key], "__name__", str(hints[key]))
+            raise exceptions.ValueError(
+                f'settings.{name}["{key}"] must be {wanted}, and is {builtins.type(value).__name__}.'
+            )
+        choices = fields[key].metadata.get("choices")
+        if value is not None and choices and value not in choices:
+            raise exceptions.ValueError(
+                f'settings.{name}["{key}"] is none of those that there are.', f"There are: {', '.join(choices)}."
+            )
+        values[key] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return table(**values)
 
 
 def configurations() -> Mapping[str, Mapping[str, Any]]:
@@ -348,6 +398,16 @@ def _typed(option: Option, value: Any, where: str) -> Any:
     if not fits:
         raise exceptions.ValueError(f"{where} is {value!r}, but must be {wanted}.")
     return option.type(value)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_has_type(value, one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is Mapping:
+        return isinstance(value, Mapping) and all(isinstance(item, str) for pair in value.items() for item in pair)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, {str: (str, os.PathLike), float: (int, float)}.get(hint, hint))
 
 
 def _is_list_of_strings(value: Any) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,7 @@ BESIDE_THE_TABLE = {
     conf.LS: {"config", "instances", "databases", "configs", "local"},
     conf.RESTORE: {"config"},
     conf.COPY: {"config", "dump_key"},
+    conf.DOCTOR: {"config"},
 }
 
 
@@ -235,7 +237,7 @@ def test_the_functions_take_the_options_of_the_table(command: str) -> None:
     assert positional == (["dump_key"] if "dump_key" in parameters else [])
 
 
-@pytest.mark.parametrize("command", FUNCTIONS)
+@pytest.mark.parametrize("command", BESIDE_THE_TABLE)
 def test_the_command_line_takes_the_options_of_the_table(command: str) -> None:
     actions = {action.dest: action for action in subparser(command)._actions}
     general = {"help", "settings", "pythonpath", "traceback", "no_color", "force_color", "skip_checks", "verbosity"}
@@ -247,7 +249,7 @@ def test_the_command_line_takes_the_options_of_the_table(command: str) -> None:
             assert actions[option.name].default is None
 
 
-@pytest.mark.parametrize("command", FUNCTIONS)
+@pytest.mark.parametrize("command", BESIDE_THE_TABLE)
 def test_the_help_explains_every_option(command: str) -> None:
     text = " ".join(subparser(command).format_help().split())
     for option in TAKEN:
@@ -288,3 +290,58 @@ class project_databases(override_settings):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Django warns of exactly this
             super().enable()
+
+
+# For plugins
+
+
+@dataclasses.dataclass(frozen=True)
+class Colours:
+    """What a plugin's dict may hold."""
+
+    wall: str = "white"
+    door: str | None = dataclasses.field(default=None, metadata={"choices": ("red", "green")})
+    layers: int = 1
+    shine: float = 0.5
+    wet: bool = False
+    labels: Mapping[str, str] | None = None
+
+
+def test_a_dict_of_a_plugin_is_a_dataclass_with_its_defaults() -> None:
+    assert conf.read_settings("PGCLONE_COLOURS", Colours) == Colours()
+    given = {"wall": Path("/grey"), "door": "red", "layers": 2, "shine": 1, "wet": True, "labels": {"a": "b"}}
+    with override_settings(PGCLONE_COLOURS=given):
+        assert conf.read_settings("PGCLONE_COLOURS", Colours) == Colours("/grey", "red", 2, 1, True, {"a": "b"})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("white", "settings.PGCLONE_COLOURS must be a dict."),
+        ({"wal": "x"}, 'settings.PGCLONE_COLOURS has the key "wal", which is no option.\nDid you mean "wall"?'),
+        ({"sky": "x"}, "There are: wall, door, layers, shine, wet, labels."),
+        ({"wall": 7}, 'settings.PGCLONE_COLOURS["wall"] must be str, and is int.'),
+        ({"layers": True}, 'settings.PGCLONE_COLOURS["layers"] must be int, and is bool.'),
+        ({"layers": None}, 'settings.PGCLONE_COLOURS["layers"] must be int, and is NoneType.'),
+        ({"wet": 1}, 'settings.PGCLONE_COLOURS["wet"] must be bool, and is int.'),
+        ({"labels": {"a": 1}}, 'settings.PGCLONE_COLOURS["labels"] must be '),
+        ({"door": "blue"}, 'settings.PGCLONE_COLOURS["door"] is none of those that there are.\nThere are: red, green.'),
+    ],
+)
+def test_a_dict_of_a_plugin_that_makes_no_sense(given: Any, words: str) -> None:
+    with override_settings(PGCLONE_COLOURS=given), pytest.raises(exceptions.ValueError) as caught:
+        conf.read_settings("PGCLONE_COLOURS", Colours)
+    assert words in str(caught.value)
+
+
+def test_a_wrong_value_is_not_shown_since_it_may_be_a_secret() -> None:
+    with override_settings(PGCLONE_COLOURS={"layers": "s3cr3t", "door": "s3cr3t"}):
+        with pytest.raises(exceptions.ValueError) as caught:
+            conf.read_settings("PGCLONE_COLOURS", Colours)
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_a_plugin_asks_for_an_option_of_the_project() -> None:
+    assert conf.option("sweep_after") == 24 * 3600
+    with override_settings(PGCLONE_SWEEP_AFTER=60):
+        assert conf.option("sweep_after") == 60
