@@ -34,14 +34,14 @@ clean:  ## Remove the virtual environment, caches and what the demo left to look
 	rm -rf $(venv) .demo .bench .tox build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(venv)/.demo: extras := psycopg2,server
-$(venv)/.develop: extras := test,check
+$(venv)/.demo: packages := -e '.[psycopg2,server]'
+$(venv)/.develop: packages := -e '.[test,check]' -e ./pgclone_s3
 
 # A venv that cannot run pip was interrupted on its way, or its Python is gone.
-$(venv)/.demo $(venv)/.develop: pyproject.toml
+$(venv)/.demo $(venv)/.develop: pyproject.toml $(wildcard pgclone_*/pyproject.toml)
 	@$(bin)/python -m pip --version > /dev/null 2>&1 || { $(supported) && $(PYTHON) -m venv --clear $(venv); }
-	@echo "Installing pgclone[$(extras)] into $(venv)"
-	@$(bin)/python -m pip install --disable-pip-version-check -e '.[$(extras)]' > $(venv)/install.log 2>&1 \
+	@echo "Installing $(packages) into $(venv)"
+	@$(bin)/python -m pip install --disable-pip-version-check $(packages) > $(venv)/install.log 2>&1 \
 		|| { cat $(venv)/install.log >&2; exit 1; }
 	@touch $@
 

@@ -116,7 +116,7 @@ NAMES: dict[str, tuple[Sequence[str], dict[str, Any], list[str]]] = {
     ),
     "scheme of S3": (
         ["ls", "-s", "s3://bucket/dumps"],
-        {},
+        {"PGCLONE_DISABLED_PLUGINS": ["s3"]},
         ['No plugin serves the storage location "s3://bucket/dumps".', "Install it: pip install 'pgclone[s3]'"],
     ),
     "bucket": (
