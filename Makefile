@@ -35,7 +35,7 @@ clean:  ## Remove the virtual environment, caches and what the demo left to look
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(venv)/.demo: packages := -e '.[psycopg2,server]'
-$(venv)/.develop: packages := -e '.[test,check]' -e ./pgclone_s3
+$(venv)/.develop: packages := -e '.[test,check]' -e ./pgclone_s3 -e ./pgclone_gcs
 
 # A venv that cannot run pip was interrupted on its way, or its Python is gone.
 $(venv)/.demo $(venv)/.develop: pyproject.toml $(wildcard pgclone_*/pyproject.toml)

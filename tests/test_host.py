@@ -27,7 +27,7 @@ def post_dump(run, key):
 """
 """A plugin that tells the test, which passes a list for the run, that it was called."""
 
-OURS = ("s3",)
+OURS = ("s3", "gcs")
 """The plugins of this repository that are distributions of their own, and installed for its tests."""
 
 

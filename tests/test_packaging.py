@@ -54,6 +54,21 @@ def test_the_sdist_has_what_it_lists_and_nothing_else(built: dict[str, Path]) ->
     assert not [name for name in names if "__pycache__" in name]
 
 
+@pytest.mark.parametrize(("name", "entry"), [("s3", "s3 = pgclone_s3"), ("gcs", "gcs = pgclone_gcs")])
+def test_a_plugin_of_this_repository_is_a_distribution_of_its_own(name: str, entry: str, tmp_path: Path) -> None:
+    folder = ROOT / f"pgclone_{name}"
+    run(sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(folder))
+    (path,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(path) as wheel:
+        names = {*wheel.namelist()}
+        (metadata,) = [name for name in names if name.endswith("/entry_points.txt")]
+        assert entry in wheel.read(metadata).decode().splitlines()
+    source = folder / "src"
+    sources = {file.relative_to(source).as_posix() for file in source.rglob("*.py")}
+    assert sources | {f"pgclone_{name}/py.typed"} <= names
+    assert {name.partition("/")[0] for name in names} == {f"pgclone_{name}", metadata.partition("/")[0]}
+
+
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_it_installs_into_an_empty_environment(kind: str, built: dict[str, Path], tmp_path: Path) -> None:
     python = tmp_path / "venv" / "bin" / "python"
