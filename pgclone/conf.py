@@ -284,7 +284,7 @@ def check() -> list[exceptions.PgcloneError]:
         collect(lambda option=option: _value(option, None, {}, None))  # type: ignore[misc]
     for name in collect(configurations) or ():
         collect(lambda name=name: resolve(name))  # type: ignore[misc]
-    known = [*SETTINGS, "PGCLONE_S3_CONFIG", "PGCLONE_S3_ENDPOINT_URL"]
+    known = [*SETTINGS, "PGCLONE_S3", "PGCLONE_S3_CONFIG", "PGCLONE_S3_ENDPOINT_URL", "PGCLONE_GCS"]
     for name in dir(settings()):
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if name.startswith("PGCLONE_") and name not in known and close:

@@ -25,6 +25,8 @@ _LINES = {
     "copy_finished": 'Database "{alias}" copied to "{key}"',
     "left_over_deleted": 'Deleted "{key}", which a dead run had left',
     "left_over_not_deleted": "Left-overs of dead runs that stay: {count}. {error}",
+    "left_overs_not_removed": "Unfinished uploads of dead runs may be left in {location}: {error}",
+    "upload_left": "An unfinished upload of {object} was left: {error}",
     "database_not_dropped": 'Database "{database}" could not be dropped: {error}',
     "databases_left": "Databases of this run could not be dropped, the next run will: {error}",
     "hook_failed": 'The {hook} hook of the plugin "{plugin}" failed: {error}',

@@ -175,18 +175,24 @@ class PartWriter(io.RawIOBase, Generic[_Result]):
         with self._budget.changed:
             self.launched += 1
             self._under_way += 1
-        threading.Thread(target=self._carry, args=[part], name=f"pgclone-part-{part.number}", daemon=True).start()
+        carrier = threading.Thread(target=self._carry, args=[part], name=f"pgclone-part-{part.number}", daemon=True)
+        try:
+            carrier.start()
+        except RuntimeError:  # the system has no more threads
+            self._arrive()
+            raise
 
     def _carry(self, part: Part) -> None:
-        result, failure = None, None
         try:
             result = self._send(part)
         except BaseException as error:  # noqa: BLE001  for the thread that writes
-            failure = error
+            self._failure = self._failure or error
+        else:
+            self._results[part.number] = result
+        self._arrive()
+
+    def _arrive(self) -> None:
         with self._budget.changed:
-            if failure is None:
-                self._results[part.number] = result  # type: ignore[assignment]
-            self._failure = self._failure or failure
             self._under_way -= 1
             self._budget.give_back(self._part_size)
 

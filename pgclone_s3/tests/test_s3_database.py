@@ -54,6 +54,7 @@ def test_a_database_is_dumped_listed_and_restored(shop: Project, s3: Any) -> Non
 
 
 def test_a_dump_and_a_restore_get_through_all_of_it(shop: Project, s3: Any, between: Proxy) -> None:
+    between.latency = 0.02
     before = shop.digest()
     for fault, request in (
         (ResetRequest(1_000_000), PART),
@@ -170,6 +171,22 @@ def test_credentials_that_may_only_write_make_dumps(shop: Project, s3: Any) -> N
     done = shop.pgclone("dump", PGCLONE_S3_CONFIG=writer)
     assert done.status == 1
     assert '"Action": "s3:ListBucket"' in done.err
+
+
+def test_the_doctor_says_what_credentials_may_do(shop: Project, s3: Any) -> None:
+    healthy = shop.pgclone("doctor")
+    assert (healthy.status, healthy.err) == (0, "")
+    verdicts = [line.split()[:2] for line in healthy.lines]
+    assert verdicts == [["ok", step] for step in ("write", "list", "read", "overwrite", "interrupt", "delete")]
+
+    reader = shop.pgclone("doctor", PGCLONE_S3_CONFIG=s3.configuration(s3.server.reader)["PGCLONE_S3_CONFIG"])
+    assert reader.status == 1
+    assert [line.split()[:2] for line in reader.lines if line[0] != " "] == [
+        ["failed", "write"], ["ok", "list"], ["skipped", "read"], ["skipped", "overwrite"], ["skipped", "interrupt"],
+        ["skipped", "delete"],
+    ]  # fmt: skip
+    assert '"Action": "s3:PutObject"' in reader.out
+    assert (s3.objects(), s3.uploads()) == ({}, [])
 
 
 def test_no_secret_is_shown_at_any_verbosity(shop: Project, s3: Any) -> None:

@@ -13,6 +13,7 @@ import pytest
 from pgclone.exceptions import StorageError, Terminated
 from pgclone.testing.proxy import Answer, LoseAnswer, Proxy, ResetRequest, Stall
 from pgclone.testing.storage import MiB, get, keys, noise, put, same, write, writer
+from pgclone.transfer import shared_budget
 from pgclone_s3 import leftovers
 from pgclone_s3.writing import PARTS, part_size
 from tests.faults import wait_until
@@ -239,3 +240,30 @@ def test_threads_that_write_share_one_budget(s3: Any, settings: Any) -> None:
         thread.join()
     assert keys(storage) == [f"key{number}" for number in range(4)]
     assert same(get(storage, "key3"), DATA)
+
+
+def test_an_abort_that_nobody_answers_is_not_waited_for(
+    s3: Any, between: Proxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pgclone_s3.writing._PATIENCE_SECONDS", 0.2)
+    storage = s3.use(url=between.url, part_size=5)
+    between.inject(Stall(), ABORT)
+    with pytest.raises(ValueError), writer(storage, "key", HINT) as file:
+        write(file, DATA)
+        raise ValueError
+    assert 'upload_left object=\'"key" in s3://' in caplog.text
+    assert "the service does not answer" in caplog.text
+
+
+def test_a_system_without_threads_is_an_error_and_nothing_is_left(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("pgclone-part-2"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    with pytest.raises(RuntimeError, match="thread"):
+        put(s3.use(part_size=5), "key", DATA, HINT)
+    assert (s3.objects(), s3.uploads(), shared_budget().used) == ({}, [], 0)

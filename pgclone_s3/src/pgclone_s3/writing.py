@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import secrets
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlencode
@@ -23,6 +24,7 @@ MiB = 1024 * 1024
 PARTS = 10_000
 """How many parts an upload may have (Amazon S3 user guide, multipart upload limits)."""
 _UNKNOWN = 64 * MiB
+_PATIENCE_SECONDS = 15
 _TOKEN = "pgclone-upload"
 
 
@@ -103,14 +105,27 @@ class _Upload:
         self._commit(put)
 
     def abort(self) -> None:
-        """Discard what was sent."""
+        """Discard what was sent. Where that takes too long, for who pressed Ctrl-C as the network is gone, it is left."""
         if self._id is None:
             return
+        aborting = threading.Thread(target=self._abort, name="pgclone-abort", daemon=True)
+        aborting.start()
+        aborting.join(_PATIENCE_SECONDS)
+        if aborting.is_alive():
+            self._tell_left("the service does not answer")
+
+    def _abort(self) -> None:
         try:
-            self._client.abort_multipart_upload(**self._where, UploadId=self._id)
-        except (ClientError, BotoCoreError) as error:
-            if errors.code(error) != "NoSuchUpload":
-                log.warning("upload_left", key=self._key, location=str(self.bucket.location), error=str(error))
+            with (
+                errors.explained(self.bucket.location, self._key),
+                contextlib.suppress(self._client.exceptions.NoSuchUpload),
+            ):
+                self._client.abort_multipart_upload(**self._where, UploadId=self._id)
+        except StorageError as error:
+            self._tell_left(error.cause)
+
+    def _tell_left(self, reason: str) -> None:
+        log.warning("upload_left", object=f'"{self._key}" in {self.bucket.location}', error=reason)
 
     def _commit(self, commit: Callable[[dict[str, str]], Any]) -> None:
         """Commit, unless there is something under the key already."""
