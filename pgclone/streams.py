@@ -198,10 +198,12 @@ def _opened(storage: Storage, key: str, mode: str, size_hint: int | None) -> Ite
             raise exceptions.PluginError(
                 f"The storage of {storage.location} hides exceptions: its block must let them pass."
             )
-    except exceptions.PgcloneError:
-        raise
     except Exception as error:
         if error is own:
+            raise
+        if own is not None and not isinstance(own, Exception):  # Ctrl-C stays that, whatever went wrong because of it
+            raise own from error
+        if isinstance(error, exceptions.PgcloneError):
             raise
         verb = "opened" if mode == "rb" else "written" if own is None else "discarded"
         raise exceptions.StorageError(

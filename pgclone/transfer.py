@@ -6,7 +6,9 @@ them share one budget of memory, `PGCLONE_TRANSFER_MEMORY`. What a part or a ran
 
 from __future__ import annotations
 
+import functools
 import io
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -45,13 +47,19 @@ class Budget:
             self.changed.notify_all()
 
 
-_SHARED = Budget()
+@functools.cache
+def _budget_of_the_process() -> Budget:
+    return Budget()
+
+
+os.register_at_fork(after_in_child=_budget_of_the_process.cache_clear)  # the streams are the parent's
 
 
 def shared_budget() -> Budget:
     """The budget of this process, as large as the settings say now."""
-    _SHARED.size = conf.option("transfer_memory") * MiB
-    return _SHARED
+    budget = _budget_of_the_process()
+    budget.size = conf.option("transfer_memory") * MiB
+    return budget
 
 
 class Part(io.BytesIO):
@@ -262,7 +270,13 @@ class RangeReader(io.RawIOBase):
                 if self._ahead and not self._budget.has_room(stop - self._next):
                     return
                 self._budget.used += stop - self._next
-            self._ahead.append(_Range(self._next, stop, self._fetch, self._budget))
+            try:
+                self._ahead.append(_Range(self._next, stop, self._fetch, self._budget))
+            except RuntimeError:  # the system has no more threads
+                self._budget.give_back(stop - self._next)
+                if self._ahead:
+                    return
+                raise
             self._next = stop
 
 

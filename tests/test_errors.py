@@ -528,7 +528,8 @@ def held_up(app: Project, command: str) -> Iterator[None]:
 def test_every_event_that_is_told_has_words_of_its_own() -> None:
     from pgclone import console
 
-    sources = [path.read_text() for path in (ROOT / "pgclone").rglob("*.py")]
+    folders = (ROOT / "pgclone", ROOT / "pgclone_s3" / "src", ROOT / "pgclone_gcs" / "src")
+    sources = [path.read_text() for folder in folders for path in folder.rglob("*.py")]
     told = {name for text in sources for name in re.findall(r'log\.(?:info|warning|error)\(\s*"(\w+)"', text)}
     assert told - set(console._LINES) == set()
     assert set(console._LINES) - told == set()

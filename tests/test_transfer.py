@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -320,3 +321,30 @@ def test_a_reader_that_is_closed_early_hands_its_memory_back(budget: Budget) -> 
     file.close()
     assert budget.used == 300  # of ranges that are still fetched into
     held.set()
+
+
+def test_a_reader_goes_on_with_the_threads_that_the_system_has(budget: Budget, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, running = threading.Thread.start, []
+
+    def start_some(thread: threading.Thread) -> None:
+        if sum(other.is_alive() for other in running) >= 2:
+            raise RuntimeError("can't start new thread")
+        running.append(thread)
+        start(thread)
+
+    monkeypatch.setattr("threading.Thread.start", start_some)
+    with read(budget, slowly) as file:
+        assert b"".join(iter(lambda: file.read(77), b"")) == DATA
+
+
+def test_a_child_of_a_fork_begins_with_all_of_the_memory() -> None:
+    shared = transfer.shared_budget()
+    file = PartWriter(lambda part: None, part_size=100, width=1)
+    file.write(b"x")
+    assert shared.used == 100
+    child = os.fork()
+    if not child:
+        os._exit(transfer.shared_budget().used)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    file.release()
+    assert shared.used == 0

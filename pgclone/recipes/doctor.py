@@ -55,6 +55,10 @@ def doctor(options: Options) -> Iterator[str]:
         )
 
 
+_SEVERAL_PARTS = 20
+"""MiB: more than storages that upload in parts keep back until they begin an upload."""
+
+
 class Probe:
     """An object of random bytes that nobody takes for a dump. Each step says what it found, or raises `PgcloneError`."""
 
@@ -80,22 +84,29 @@ class Probe:
         return "what was written is listed"
 
     def read(self) -> str:
-        with streams.open_source(self.storage, self.key, lambda head: None) as source:
-            if source.drain() != self.written:
-                raise self._broken("did not come back as it was written.")
+        if self._read() != self.written:
+            raise self._broken("did not come back as it was written.")
         return "what was written came back"
 
     def overwrite(self) -> str:
         try:
             self._store(self.key)
         except exceptions.PgcloneError:
-            return "a second write of the same key was refused"
+            if self._read() == self.written:
+                return "a second write of the same key was refused"
+            raise
         raise self._broken("was written twice, and the second time not refused.")
 
     def interrupt(self) -> str:
         key = f"{self.key}-interrupted"
-        with contextlib.suppress(_Interrupted):
-            self._store(key, interrupted=True)
+        try:
+            self._store(key, _SEVERAL_PARTS, interrupted=True)
+        except _Interrupted as interrupted:
+            if (error := interrupted.__cause__) is not None:
+                words = getattr(error, "strerror", None) or error
+                raise exceptions.StorageError(
+                    f'"{key}" in {self.storage.location} could not be discarded: {words}'
+                ) from error
         if self._find(key):
             raise exceptions.StorageError(
                 f'"{key}" in {self.storage.location} is listed, although its write was interrupted.'
@@ -109,13 +120,18 @@ class Probe:
         self.left.discard(self.key)
         return "what was written is gone"
 
-    def _store(self, key: str, *, interrupted: bool = False) -> Digest:
+    def _store(self, key: str, blocks: int = 1, *, interrupted: bool = False) -> Digest:
         self.left.add(key)
-        with streams.store(self.storage, key, BLOCK) as stored:
-            stored.write(secrets.token_bytes(BLOCK))
+        with streams.store(self.storage, key, blocks * BLOCK) as stored:
+            for _ in range(blocks):
+                stored.write(secrets.token_bytes(BLOCK))
             if interrupted:
                 raise _Interrupted("the doctor interrupted it")
         return stored.digest
+
+    def _read(self) -> Digest:
+        with streams.open_source(self.storage, self.key, lambda head: None) as source:
+            return source.drain()
 
     def _find(self, key: str) -> Entry | None:
         return next((entry for entry in archive.list_entries(self.storage, key) if entry.key == key), None)
@@ -138,7 +154,7 @@ STEPS = (
     Step("write", Probe.write, "Without it, nothing can be dumped to this location."),
     Step("list", Probe.list, "Without it, nothing can be dumped to this location, or restored from it."),
     Step("read", Probe.read, "Without it, dumps can be made, but not restored from this location.", ("write",)),
-    Step("overwrite", Probe.overwrite, "Without it, one dump may replace another.", ("write",)),
+    Step("overwrite", Probe.overwrite, "Without it, one dump may replace another.", ("write", "read")),
     Step("interrupt", Probe.interrupt, "Without it, broken dumps are listed like whole ones.", ("write", "list")),
     Step("delete", Probe.delete, "Without it, what dead runs leave stays, and what was written just now.", ("write",)),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import moto_server
@@ -16,6 +17,7 @@ from pgclone.host import Storage
 from pgclone.testing import proxy
 from pgclone.testing.proxy import Proxy
 from pgclone.testing.storage import serve
+from pgclone_s3 import session
 
 
 @pytest.fixture(scope="session")
@@ -72,10 +74,20 @@ class S3:
 
 
 @pytest.fixture
-def s3(server: seaweed.Server, settings: Any) -> S3:
+def s3(server: seaweed.Server, settings: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    made, create = [], session.create_client
+
+    def create_client(*arguments: Any) -> Any:
+        made.append(create(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(session, "create_client", create_client)
     found = S3(server, settings, f"{secrets.token_hex(4)}/")
     found.use()
-    return found
+    yield found
+    for client in made:
+        if client.meta.endpoint_url != server.url:  # nobody will use it again, and the cache would only forget it
+            client.close()
 
 
 @pytest.fixture
@@ -88,8 +100,8 @@ def between(server: seaweed.Server) -> Iterator[Proxy]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """botocore repeats as often as ever, and hardly waits before."""
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.01)
+    """botocore repeats as often as ever, and does not wait before."""
+    monkeypatch.setattr("botocore.endpoint.time", SimpleNamespace(sleep=lambda _: None))
 
 
 @pytest.fixture(scope="session")

@@ -218,6 +218,86 @@ def test_a_certificate_that_nobody_trusts(s3: Any, untrusted: str) -> None:
     assert 'Set PGCLONE_S3 = {"ca_bundle": "/path/to/ca.pem"}' in error
 
 
+def test_a_page_of_a_proxy_that_cannot_reach_the_service(s3: Any, between: Proxy, impatient: None) -> None:
+    between.inject(Answer(502, b"<html><h1>Bad Gateway</h1></html>", {"Content-Type": "text/html"}), "GET", times=7)
+    error = error_of(s3.use(url=between.url))
+    assert error == f"{s3.location} answers 502, also after several tries: Bad Gateway.\nTry again later."
+
+
+def test_a_bucket_whose_name_is_none(s3: Any) -> None:
+    s3.use()
+    error = error_of(serve(pgclone_s3, "s3://no bucket!/dumps/"))
+    assert error == (
+        '"no bucket!" is no name of a bucket.\n'
+        "Mend PGCLONE_STORAGE_LOCATION (or --storage-location). Write an access point by its alias."
+    )
+
+
+@pytest.mark.parametrize(("do", "method"), [("read", "GET"), ("write", "PUT"), ("write large", "POST .*uploadId=")])
+def test_what_answers_but_does_not_speak_s3(do: str, method: str, s3: Any, between: Proxy) -> None:
+    between.inject(Answer(200, b"<a/>" if do == "write large" else b""), method)
+    error = error_of(s3.use(url=between.url, part_size=5), do)
+    assert error == (
+        f"{s3.location} cannot be used: what answers there does not speak S3.\n"
+        "Look at PGCLONE_S3_ENDPOINT_URL, and at proxies on the way."
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"<html><h1>Denied</h1></html>", "ListObjectsV2 was answered with 407: Proxy Authentication Required."),
+        (b"<Error><Message>Weird thing</Message></Error>", "ListObjectsV2 was answered with 407: Weird thing."),
+        (b"", "ListObjectsV2 was answered with 407: Proxy Authentication Required."),
+    ],
+    ids=["page", "no code", "empty"],
+)
+def test_answers_without_a_code(body: bytes, words: str, s3: Any, between: Proxy) -> None:
+    between.inject(Answer(407, body), "GET")
+    assert words in error_of(s3.use(url=between.url))
+
+
+def test_the_action_that_the_service_names_is_the_one_to_allow(s3: Any, between: Proxy) -> None:
+    words = "User: x is not authorized to perform: s3:PutObjectTagging on resource: y"
+    between.inject(answer(403, "AccessDenied", words), "PUT")
+    error = error_of(s3.use(url=between.url, tags={"a": "b"}), "write")
+    assert "do not allow s3:PutObjectTagging" in error
+    assert statement(error)["Action"] == "s3:PutObjectTagging"
+
+
+def test_a_token_that_no_header_can_hold_is_not_shown(s3: Any) -> None:
+    storage = s3.use()
+    s3.settings.PGCLONE_S3_CONFIG["AWS_SESSION_TOKEN"] = "sesame\nopen"
+    error = error_of(storage)
+    assert error.startswith(f"{s3.location} cannot be used: a key or a token has a character that no header can hold.")
+    assert "sesame" not in error
+
+
+def test_a_password_in_the_endpoint_is_not_shown(s3: Any) -> None:
+    storage = s3.use(url="http://user:hunter2@127.0.0.1:1")
+    s3.settings.PGCLONE_S3_CONFIG["AWS_MAX_ATTEMPTS"] = "1"
+    error = error_of(storage)
+    assert "cannot be reached" in error
+    assert "hunter2" not in error
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        (
+            {"AWS_WEB_IDENTITY_TOKEN_FILE": "/nowhere/token", "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/x"},
+            "cannot be used: /nowhere/token: No such file or directory.",
+        ),
+        ({"AWS_MAX_ATTEMPTS": "abc"}, "Look at PGCLONE_S3_ENDPOINT_URL and the AWS_* variables."),
+    ],
+    ids=["token file", "number"],
+)
+def test_variables_that_make_no_sense(variables: dict[str, str], words: str, s3: Any) -> None:
+    storage = s3.use()
+    s3.settings.PGCLONE_S3_CONFIG = {"AWS_DEFAULT_REGION": "us-east-1", **variables}
+    assert words in error_of(storage)
+
+
 def test_no_credentials_at_all(s3: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name, raising=False)

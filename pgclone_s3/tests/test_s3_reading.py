@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -90,3 +91,33 @@ def test_a_reader_may_stop_early(key: str, s3: Any, between: Proxy) -> None:
     with reader(s3.use(url=between.url), key) as file:
         assert file.read(10) == DATA[:10]
     assert same(get(s3.use(url=between.url), key), DATA)
+
+
+def test_an_answer_with_other_bytes_than_those_asked_for_is_refused(key: str, s3: Any, between: Proxy) -> None:
+    between.inject(Answer(200, DATA, {"ETag": '"x"'}), GET, skip=1)
+    with pytest.raises(StorageError, match=r"does not answer with the bytes of an object that are asked for"):
+        get(s3.use(url=between.url, concurrency=1), key)
+
+
+def test_a_checksum_that_is_wrong_is_noticed(s3: Any, between: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    wrong = {"ETag": '"x"', "Content-Range": "bytes 0-4/5", "x-amz-checksum-crc32": "AAAAAA=="}
+    put(s3.use(), "key", b"right")
+    between.inject(Answer(206, b"wrong", wrong), GET, times=6)
+    with pytest.raises(StorageError, match="checksum"):
+        get(s3.use(url=between.url), "key")
+
+
+def test_parent_and_child_of_a_fork_do_not_read_each_others_objects(s3: Any) -> None:
+    """They would on one connection: each would get what the other has asked for."""
+    contents = {f"key{number}": noise(RANGE, number) for number in range(2)}
+    storage = s3.use()
+    for name, data in contents.items():
+        put(storage, name, data)
+    for _ in range(5):
+        assert same(get(storage, "key0"), contents["key0"])  # a connection is open now
+        child = os.fork()
+        if not child:
+            os._exit(0 if same(get(storage, "key1"), contents["key1"]) else 1)
+        assert same(get(storage, "key0"), contents["key0"])
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

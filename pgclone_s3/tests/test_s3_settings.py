@@ -79,7 +79,7 @@ def test_other_files_of_credentials(empty_environment: Path) -> None:
 def test_every_variable_that_botocore_knows_is_taken() -> None:
     assert {"AWS_CA_BUNDLE", "AWS_MAX_ATTEMPTS", "AWS_USE_FIPS_ENDPOINT", "AWS_PROFILE"} <= session.known_variables()
     assert client({**KEYS, "AWS_MAX_ATTEMPTS": "3"}).meta.config.retries["total_max_attempts"] == 3
-    assert client(KEYS).meta.config.retries["total_max_attempts"] == 8
+    assert client(KEYS).meta.config.retries["total_max_attempts"] == 7
 
 
 def test_without_settings_it_is_botocores_own_chain(monkeypatch: pytest.MonkeyPatch) -> None:

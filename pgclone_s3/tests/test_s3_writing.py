@@ -15,6 +15,7 @@ from pgclone.testing.proxy import Answer, LoseAnswer, Proxy, ResetRequest, Stall
 from pgclone.testing.storage import MiB, get, keys, noise, put, same, write, writer
 from pgclone.transfer import shared_budget
 from pgclone_s3 import leftovers
+from pgclone_s3.bucket import open_bucket
 from pgclone_s3.writing import PARTS, part_size
 from tests.faults import wait_until
 
@@ -194,12 +195,12 @@ def test_a_storm_of_refusals_is_weathered(s3: Any, between: Proxy) -> None:
 @pytest.mark.usefixtures("impatient")
 def test_a_storm_without_end_ends_the_write(s3: Any, between: Proxy) -> None:
     storage = s3.use(url=between.url, part_size=5, timeout=7)
-    between.inject(SLOW_DOWN, PART, times=24)
+    between.inject(SLOW_DOWN, PART, times=21)
     with pytest.raises(StorageError, match=r"answers SlowDown, also after several tries(.|\n)*Try again later"):
         put(storage, "key", DATA, HINT)
     assert (s3.objects(), s3.uploads()) == ({}, [])
     tries = sum("partNumber" in request for request in methods(between))
-    assert 8 <= tries <= 24
+    assert 7 <= tries <= 21
     between.calm()
 
 
@@ -267,3 +268,39 @@ def test_a_system_without_threads_is_an_error_and_nothing_is_left(s3: Any, monke
     with pytest.raises(RuntimeError, match="thread"):
         put(s3.use(part_size=5), "key", DATA, HINT)
     assert (s3.objects(), s3.uploads(), shared_budget().used) == ({}, [], 0)
+
+
+def test_an_interruption_stays_one_in_a_system_without_threads(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with pytest.raises(KeyboardInterrupt), writer(s3.use(part_size=5), "key", HINT) as file:
+        write(file, DATA)
+        monkeypatch.setattr("threading.Thread.start", refuse)
+        raise KeyboardInterrupt
+    monkeypatch.undo()
+    assert (s3.objects(), s3.uploads()) == ({}, [])
+
+
+@pytest.mark.usefixtures("impatient")
+def test_streams_do_not_use_up_each_others_tries(s3: Any, between: Proxy) -> None:
+    storage = s3.use(url=between.url, part_size=5, timeout=8)
+    for number in range(8):
+        between.inject(SLOW_DOWN, r"PUT [^?]*$", times=6)
+        put(storage, f"key{number}", b"bytes")
+    assert len(s3.objects()) == 8
+
+
+def test_parts_are_checked_by_what_the_upload_was_begun_with(s3: Any) -> None:
+    storage = s3.use(part_size=5)
+    seen = {}
+    bucket = open_bucket(storage.location)
+    for operation in ("CreateMultipartUpload", "UploadPart"):
+        bucket.client.meta.events.register(
+            f"before-send.s3.{operation}", lambda request, event_name, **_: seen.update({event_name: request.headers})
+        )
+    put(storage, "key", DATA, HINT)
+    assert bytes(seen["before-send.s3.CreateMultipartUpload"]["x-amz-checksum-algorithm"]) == b"CRC32"
+    assert seen["before-send.s3.UploadPart"]["x-amz-checksum-crc32"]
+    found = s3.server.client().head_object(Bucket=s3.server.bucket, Key=f"{s3.prefix}key", ChecksumMode="ENABLED")
+    assert found["ContentLength"] == len(DATA)

@@ -68,3 +68,6 @@ def open_bucket(location: Location) -> Bucket:
 def _service(settings: Settings, emulator: str | None, _credentials: str | None) -> session.Service:
     """Its connections and its token are worth keeping."""
     return session.create_service(settings, emulator)
+
+
+os.register_at_fork(after_in_child=_service.cache_clear)  # two processes on one connection read each other's objects

@@ -93,7 +93,10 @@ def explained(location: Location, key: str = "", action: str = "") -> Iterator[N
         if isinstance(last, _NETWORK):
             raise _unreachable(last, location) from error
         if isinstance(last, (OSError, ValueError)):
-            raise StorageError(f"{location} cannot be used: {_one_line(str(last))}.", "Look at PGCLONE_GCS.") from error
+            raise StorageError(
+                f"{location} cannot be used: {_one_line(str(last))}.",
+                "Look at PGCLONE_GCS and PGCLONE_STORAGE_LOCATION.",
+            ) from error
         raise
 
 

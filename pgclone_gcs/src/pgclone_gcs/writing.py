@@ -37,8 +37,10 @@ def write(location: Location, key: str, size_hint: int | None) -> Iterator[Binar
         upload.commit()
     except BaseException:
         upload.give_up()
-        file.release()
-        upload.discard()
+        try:
+            file.release()
+        finally:
+            upload.discard()
         raise
     file.release()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,3 +59,6 @@ def open_bucket(location: Location) -> Bucket:
 def _client(settings: Settings, environment: tuple[tuple[str, str], ...]) -> Any:
     """Making one takes a tenth of a second, and its connections are worth keeping."""
     return session.create_client(settings, dict(environment))
+
+
+os.register_at_fork(after_in_child=_client.cache_clear)  # two processes on one connection read each other's objects

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from botocore import exceptions as boto
 
@@ -45,11 +47,18 @@ def explained(location: Location, key: str = "") -> Iterator[None]:
     except boto.ClientError as error:
         raise _answer(error, location, key) from error
     except boto.BotoCoreError as error:
+        if "Invalid header value" in str(error):  # followed by the value: a token
+            raise _unprintable(location) from None
         raise _failure(error, location) from error
+    except OSError as error:  # files of credentials and tokens
+        named = f"{error.filename}: " if error.filename else ""
+        raise StorageError(f"{location} cannot be used: {named}{error.strerror or error}.", _KEYS) from error
     except ValueError as error:  # botocore's, for endpoints that are no URL
         if isinstance(error, PgcloneError):
             raise
-        raise StorageError(f"{location} cannot be used: {error}.", "Look at PGCLONE_S3_ENDPOINT_URL.") from error
+        raise StorageError(
+            f"{location} cannot be used: {_masked(error)}.", "Look at PGCLONE_S3_ENDPOINT_URL and the AWS_* variables."
+        ) from error
 
 
 def exists(location: Location, key: str) -> StorageError:
@@ -57,11 +66,26 @@ def exists(location: Location, key: str) -> StorageError:
     return StorageError(f'"{key}" exists already in {location}.', "Dumps are never overwritten.")
 
 
+def require_etag(answer: Mapping[str, Any], location: Location) -> None:
+    """Refuse an answer that no S3 has given, although its status says that all is well.
+
+    Raises:
+        StorageError: It has no ETag.
+    """
+    if not answer.get("ETag"):
+        if "Body" in answer:
+            answer["Body"].close()
+        raise StorageError(
+            f"{location} cannot be used: what answers there does not speak S3.",
+            "Look at PGCLONE_S3_ENDPOINT_URL, and at proxies on the way.",
+        )
+
+
 def _answer(error: boto.ClientError, location: Location, key: str) -> PgcloneError:
     """The error for what a service answered."""
-    said, operation = code(error), error.operation_name
-    message = str(error.response["Error"].get("Message") or said).rstrip(".")
-    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
+    said, operation = code(error) or str(status), error.operation_name
+    message = str(error.response["Error"].get("Message") or http.client.responses.get(status, said)).rstrip(".")
     bucket = location.bucket
     if operation == "GetObject" and said in ("NoSuchKey", "404"):
         return KeyNotFound(f'There is no "{key}" in {location}.')
@@ -100,7 +124,7 @@ def _answer(error: boto.ClientError, location: Location, key: str) -> PgcloneErr
         return _denied(operation, location, key, message)
     if said.startswith("KMS."):
         return StorageError(f"The KMS key for {location} cannot be used: {message}.", "Look at the key and its policy.")
-    if said in ("SlowDown", "Throttling", "ServiceUnavailable", "InternalError", "503", "500"):
+    if status >= 500 or said in ("SlowDown", "Throttling", "RequestTimeout"):
         return StorageError(f"{location} answers {said}, also after several tries: {message}.", "Try again later.")
     where = f'"{key}" in {location}' if key else f"{location}"
     return StorageError(f"{where} cannot be used: {operation} was answered with {said}: {message}.")
@@ -108,13 +132,13 @@ def _answer(error: boto.ClientError, location: Location, key: str) -> PgcloneErr
 
 def _denied(operation: str, location: Location, key: str, message: str) -> StorageError:
     """The error for an action that the credentials may not do, and the least policy that would allow it."""
-    encryption = re.search(r"\bkms:\w+", message)
-    action = encryption[0] if encryption else _ACTIONS.get(operation, f"s3:{operation}")
+    named = re.search(r"\b(?:s3|kms|sts):\w+", message)
+    action = named[0] if named else _ACTIONS.get(operation, f"s3:{operation}")
     if action.startswith("s3:"):
         below = "" if action in _ON_THE_BUCKET else f"/{location.prefix}*"
         resource = f"arn:aws:s3:::{location.bucket}{below}"
     else:
-        resource = "the KMS key" if encryption else "the role"
+        resource = "the KMS key" if action.startswith("kms:") else "the role"
     statement = json.dumps({"Effect": "Allow", "Action": action, "Resource": resource})
     what = f' for "{key}"' if key else ""
     return StorageError(
@@ -124,7 +148,7 @@ def _denied(operation: str, location: Location, key: str, message: str) -> Stora
 
 def _failure(error: boto.BotoCoreError, location: Location) -> StorageError:
     """The error for what went wrong before there was an answer."""
-    text = str(error).rstrip(".")
+    text = _masked(error)
     if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError)):
         lack = (
             "there are no credentials"
@@ -136,9 +160,14 @@ def _failure(error: boto.BotoCoreError, location: Location) -> StorageError:
             'Set PGCLONE_S3_CONFIG = {"AWS_ACCESS_KEY_ID": …, "AWS_SECRET_ACCESS_KEY": …}, PGCLONE_S3 = {"profile": …}, '
             "or whatever boto3 takes them from.",
         )
+    if isinstance(error, boto.ParamValidationError) and "bucket name" in text:
+        return StorageError(
+            f'"{location.bucket}" is no name of a bucket.',
+            "Mend PGCLONE_STORAGE_LOCATION (or --storage-location). Write an access point by its alias.",
+        )
     if isinstance(error, boto.ProfileNotFound):
         return StorageError(f"{location} cannot be used: {text}.", "Look at PGCLONE_S3 and ~/.aws/config.")
-    if isinstance(error, (boto.CredentialRetrievalError, boto.TokenRetrievalError, boto.UnauthorizedSSOTokenError)):
+    if isinstance(error, (boto.CredentialRetrievalError, boto.TokenRetrievalError, boto.SSOError)):
         return StorageError(f"{location} cannot be used: credentials could not be fetched: {text}.", "Log in again.")
     if isinstance(error, boto.SSLError):
         return StorageError(
@@ -154,3 +183,12 @@ def _failure(error: boto.BotoCoreError, location: Location) -> StorageError:
     if isinstance(error, boto.NoRegionError):
         return StorageError(f"{location} cannot be used: {text}.", "Set AWS_DEFAULT_REGION.")
     return StorageError(f"{location} cannot be used: {text}.")
+
+
+def _unprintable(location: Location) -> StorageError:
+    return StorageError(f"{location} cannot be used: a key or a token has a character that no header can hold.", _KEYS)
+
+
+def _masked(error: Exception) -> str:
+    """The words of an error, in one line, without what a URL may say of users and passwords."""
+    return re.sub(r"//[^/\s\"@]*@", "//…@", " ".join(str(error).split())).rstrip(".")

@@ -42,8 +42,8 @@ def _abort_older(bucket: Bucket, limit: datetime) -> None:
 
 
 def _is_ours(bucket: Bucket, where: dict[str, Any]) -> bool:
-    """Whether it has parts, whole ones of one marked size, and at most one other: the last."""
+    """Whether it has parts, whole ones of one marked size, and no other size but that of the last."""
     pages = bucket.client.get_paginator("list_parts").paginate(**where)
     sizes = [part["Size"] for page in pages for part in page.get("Parts", [])]
     whole = max(sizes, default=0)
-    return whole % (1024 * 1024) == MARK and sum(size != whole for size in sizes) <= 1
+    return whole % (1024 * 1024) == MARK and len({*sizes}) <= 2

@@ -16,7 +16,7 @@ from pgclone_s3.bucket import Bucket, open_bucket
 
 MiB = 1024 * 1024
 RANGE = 8 * MiB
-_BLOCK = 256 * 1024
+_BLOCK = MiB
 _ATTEMPTS = 6
 """How often a range is taken up again where its connection broke; botocore repeats requests that were not answered."""
 
@@ -49,6 +49,7 @@ class _Object:
             if errors.code(error) != "InvalidRange":  # an object without any bytes
                 raise
         else:
+            errors.require_etag(answer, bucket.location)
             self._first = answer["Body"]
             self._version = answer["ETag"]
             whole = answer.get("ContentRange", "").rpartition("/")[2]
@@ -65,15 +66,18 @@ class _Object:
         got = 0
         with errors.explained(self.bucket.location, self._key), memoryview(data) as view:
             for attempt in range(_ATTEMPTS):
-                try:
-                    with contextlib.closing(self._open(start + got, stop)) as body:
+                with contextlib.closing(self._open(start + got, stop)) as body:
+                    try:
                         while count := body.readinto(view[got : got + _BLOCK]):
                             got += count
-                except (BotoCoreError, OSError):
-                    if self._closed or attempt == _ATTEMPTS - 1:
-                        raise
-                if got == len(data):
-                    return data
+                        if got == len(data):
+                            body.read(1)  # at the end, botocore compares the checksum, if there is one
+                            return data
+                    except (BotoCoreError, OSError):
+                        if self._closed or attempt == _ATTEMPTS - 1:
+                            raise
+                        if got == len(data):  # all of it, and wrong
+                            got = 0
                 time.sleep(random.uniform(0, min(2**attempt / 4, 5)))
         raise StorageError(f'"{self._key}" in {self.bucket.location} ends after {start + got} of {self.size} bytes.')
 
@@ -82,4 +86,11 @@ class _Object:
             first, self._first = self._first, None
             return first
         where = {**self._where, "Range": f"bytes={start}-{stop - 1}", "IfMatch": self._version}
-        return self.bucket.client.get_object(**where)["Body"]
+        answer = self.bucket.client.get_object(**where)
+        if not answer.get("ContentRange", "").startswith(f"bytes {start}-{stop - 1}/"):
+            answer["Body"].close()
+            raise StorageError(
+                f"{self.bucket.location} does not answer with the bytes of an object that are asked for.",
+                "Look at proxies on the way, and at what the service knows of Range.",
+            )
+        return answer["Body"]

@@ -22,8 +22,8 @@ from botocore.utils import FileWebIdentityTokenLoader
 
 from pgclone_s3.settings import Settings
 
-_ATTEMPTS = 8
-"""Of a request that is throttled, answered with 5xx or cut off: with backoff and jitter, about half a minute."""
+_ATTEMPTS = 7
+"""Of a request that is throttled, answered with 5xx or cut off: with backoff and jitter, a minute at the most."""
 
 _CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
 _WEB_IDENTITY = ("AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_SESSION_NAME")
@@ -53,7 +53,8 @@ def create_client(settings: Settings, environment: Mapping[str, str]) -> Any:
 def _config(settings: Settings, session: Session) -> Config:
     own: dict[str, Any] = {}
     if session.get_config_variable("max_attempts") is None:
-        own["retries"] = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
+        # Other modes have a quota that all requests of a client share: streams would use up each other's tries.
+        own["retries"] = {"mode": "legacy", "total_max_attempts": _ATTEMPTS}
     if settings.checksums:
         own["request_checksum_calculation"] = own["response_checksum_validation"] = settings.checksums
     return Config(

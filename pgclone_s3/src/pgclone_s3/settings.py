@@ -76,7 +76,7 @@ def read_environment() -> dict[str, str]:
             'For example {"AWS_ACCESS_KEY_ID": "…", "AWS_SECRET_ACCESS_KEY": "…"}.',
         )
     endpoint = getattr(settings, "PGCLONE_S3_ENDPOINT_URL", None)
-    variables = {str(name): str(value) for name, value in given.items() if value is not None}
+    variables = {str(name): str(value).strip() for name, value in given.items() if value is not None}
     return {**variables, **({"AWS_ENDPOINT_URL_S3": str(endpoint)} if endpoint else {})}
 
 

@@ -43,8 +43,10 @@ def write(location: Location, key: str, size_hint: int | None) -> Iterator[Binar
         else:
             upload.put(file.rest())
     except BaseException:
-        file.release()
-        upload.abort()
+        try:
+            file.release()
+        finally:
+            upload.abort()
         raise
     file.release()
 
@@ -72,7 +74,8 @@ class _Upload:
         """Begin a multipart upload."""
         leftovers.remove(self.bucket)
         with errors.explained(self.bucket.location, self._key):
-            self._id = self._client.create_multipart_upload(**self._where, **self._properties())["UploadId"]
+            about = {**self._properties(), **self._checksum}
+            self._id = self._client.create_multipart_upload(**self._where, **about)["UploadId"]
 
     def send(self, part: Part) -> dict[str, Any]:
         if part.number > PARTS:
@@ -80,7 +83,7 @@ class _Upload:
                 f'"{self._key}" in {self.bucket.location} is larger than {PARTS} parts can hold.',
                 f'Set PGCLONE_S3 = {{"part_size": …}} to more than {self.bucket.settings.part_size} (MiB).',
             )
-        about = {"UploadId": self._id, "PartNumber": part.number, "ContentLength": part.size}
+        about = {"UploadId": self._id, "PartNumber": part.number, "ContentLength": part.size, **self._checksum}
         with errors.explained(self.bucket.location, self._key):
             answer = self._client.upload_part(**self._where, **about, Body=part)
         checksums = {
@@ -97,10 +100,10 @@ class _Upload:
     def put(self, part: Part) -> None:
         """Commit an object of one part."""
 
-        def put(condition: dict[str, str]) -> None:
+        def put(condition: dict[str, str]) -> Any:
             part.seek(0)
             size = {"Body": part, "ContentLength": part.size}
-            self._client.put_object(**self._where, **self._properties(), **size, **condition)
+            return self._client.put_object(**self._where, **self._properties(), **size, **condition)
 
         self._commit(put)
 
@@ -109,7 +112,11 @@ class _Upload:
         if self._id is None:
             return
         aborting = threading.Thread(target=self._abort, name="pgclone-abort", daemon=True)
-        aborting.start()
+        try:
+            aborting.start()
+        except RuntimeError:  # the system has no more threads
+            self._abort()
+            return
         aborting.join(_PATIENCE_SECONDS)
         if aborting.is_alive():
             self._tell_left("the service does not answer")
@@ -132,12 +139,13 @@ class _Upload:
         with errors.explained(self.bucket.location, self._key):
             try:
                 try:
-                    commit({"IfNoneMatch": "*"})
+                    answer = commit({"IfNoneMatch": "*"})
                 except ClientError as error:
                     if errors.code(error) not in ("NotImplemented", "501"):
                         raise
                     self._require_free()  # the service knows no conditions: the best that is left
-                    commit({})
+                    answer = commit({})
+                errors.require_etag(answer, self.bucket.location)
             except (ClientError, BotoCoreError) as error:
                 if not (_may_be_ours(error) and self._is_committed()):
                     raise
@@ -156,6 +164,12 @@ class _Upload:
                 return
             raise
         raise errors.exists(self.bucket.location, self._key)
+
+    @property
+    def _checksum(self) -> dict[str, str]:
+        """What botocore sends with each part by itself, and an upload has to be begun with."""
+        wanted = self._client.meta.config.request_checksum_calculation == "when_supported"
+        return {"ChecksumAlgorithm": "CRC32"} if wanted else {}
 
     def _properties(self) -> dict[str, Any]:
         settings = self.bucket.settings
