@@ -9,6 +9,7 @@ import gzip
 import inspect
 import io
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +22,8 @@ from pgclone.testing.storage import StorageConformance
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+SFTP = ROOT / "examples" / "pgclone-sftp" / "src"
+sys.path.append(str(SFTP))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,7 @@ def test_what_a_name_means_is_what_its_docstring_says(name: str) -> None:
 
 
 def test_the_api_is_all_that_the_documentation_imports() -> None:
-    imported = set(re.findall(r"^from (pgclone[\w.]*) import", "\n".join(blocks("plugins.md")), re.MULTILINE))
+    imported = set(re.findall(r"^from (pgclone(?:\.\w+)*) import", "\n".join(blocks("plugins.md")), re.MULTILINE))
     assert imported == {"pgclone.api", "pgclone.testing.storage"}
 
 
@@ -127,18 +130,17 @@ def test_every_example_of_a_plugin_is_one_that_the_host_accepts() -> None:
     assert len(plugins) == 4
 
 
-class TestTheStoragePlugin(StorageConformance):
-    """The example keeps the promises."""
+@pytest.mark.parametrize("name", ["__init__", "host"])
+def test_the_storage_plugin_is_the_one_that_is_installed_and_tested(name: str) -> None:
+    assert (SFTP / "pgclone_sftp" / f"{name}.py").read_text() in blocks("plugins.md")
 
-    @pytest.fixture
-    def location(self, tmp_path: Path) -> str:
-        self.plugin = module(example("# pgclone_share").replace('"/mnt"', repr(str(tmp_path))))
-        return "share://test/some/prefix/"
+
+def test_the_storage_plugin_has_fewer_than_60_lines() -> None:
+    assert len(example("@hookimpl\ndef storage_open").splitlines()) < 60
 
 
 def test_the_example_of_a_conformance_test_is_one() -> None:
-    source = example("# tests/test_share.py").replace("import pgclone_share\n", "pgclone_share = None\n")
-    case = module(source).TestShare
+    case = module(example("# tests/test_sftp.py")).TestSftp
     assert issubclass(case, StorageConformance)
     assert case.location is not StorageConformance.location
 

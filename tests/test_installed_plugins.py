@@ -15,6 +15,7 @@ import django
 import pytest
 
 from tests.project import ROOT, Project
+from tests.sftp import PASSWORD, run
 
 SETTINGS = """\
 import json, os
@@ -48,11 +49,12 @@ class Installed(Project):
 
 @pytest.fixture(scope="session")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a fresh environment with pgclone and the two plugins."""
+    """The Python of a fresh environment with pgclone and three plugins."""
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     plugins = [str(ROOT / "tests" / "plugins" / name) for name in ("pgclone-memo", "pgclone-veto")]
+    plugins += [str(ROOT / "examples" / "pgclone-sftp")]
     done = subprocess.run(
         [sys.executable, "-m", "pip", "--python", str(python), "install", "--disable-pip-version-check",
          "--no-compile", f"{ROOT}[psycopg2]", f"Django=={django.__version__}", *plugins],
@@ -111,6 +113,14 @@ def test_a_scheme_of_an_installed_plugin_stores_lists_and_restores(shop: Install
     assert shop.digest() == before
 
 
+def test_the_example_of_a_storage_plugin_is_one_to_install(shop: Installed, tmp_path: Path) -> None:
+    with run(tmp_path / "sftp") as server:
+        shop.environ["HOME"] = str(server.home)
+        shop.settings |= {"PGCLONE_STORAGE_LOCATION": f"{server.url}/dumps", "PGCLONE_SFTP": {"password": PASSWORD}}
+        key = shop.dump()
+        assert server.files() == [f"dumps/{key}", f"dumps/{key}.json"]
+
+
 def test_an_installed_plugin_vetoes_a_restore(shop: Installed) -> None:
     shop.sql("UPDATE auth_user SET is_superuser = false")
     key = shop.dump()
@@ -132,13 +142,14 @@ def test_plugins_are_listed_in_the_order_of_calls(shop: Installed) -> None:
     assert (done.status, done.err) == (0, "")
     assert done.lines == [
         "veto (distribution pgclone-veto 0.4): pre_swap",
+        "sftp (distribution pgclone-sftp 1.0): delete_key, list_keys, storage_open",
         "memo (distribution pgclone-memo 1.2.3): check_settings, delete_key, list_keys, storage_open",
         "commands (built in): pre_dump, pre_swap",
         "zstd (built in): codecs",
         "files (built in): delete_key, list_keys, storage_open",
     ]
     disabled = shop.pgclone("plugins", PGCLONE_DISABLED_PLUGINS=["veto", "commands"])
-    assert [line.split()[0] for line in disabled.lines] == ["memo", "zstd", "files"]
+    assert [line.split()[0] for line in disabled.lines] == ["sftp", "memo", "zstd", "files"]
 
 
 def test_an_installed_plugin_checks_its_settings(shop: Installed) -> None:
@@ -173,5 +184,5 @@ def test_a_plugin_that_cannot_be_imported_stops_what_it_could_have_stopped(shop:
 
     plugins = shop.pgclone("plugins")
     assert plugins.status == 1
-    assert [line.split()[0] for line in plugins.lines] == ["memo", "commands", "zstd", "files"]
+    assert [line.split()[0] for line in plugins.lines] == ["sftp", "memo", "commands", "zstd", "files"]
     assert reason in plugins.err

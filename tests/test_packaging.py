@@ -49,7 +49,17 @@ def test_the_sdist_has_what_it_lists_and_nothing_else(built: dict[str, Path]) ->
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pgclone").rglob("*.py")}
     assert sources | {"pgclone/py.typed", "LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml"} <= names
     top = {name.partition("/")[0] for name in names}
-    listed = {"pgclone", "tests", "conftest.py", "docs", "LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml"}
+    listed = {
+        "pgclone",
+        "tests",
+        "conftest.py",
+        "docs",
+        "examples",
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "pyproject.toml",
+    }
     assert top <= listed | {"PKG-INFO", ".gitignore"}  # these two hatchling adds
     assert not [name for name in names if "__pycache__" in name]
 
