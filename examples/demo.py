@@ -1,7 +1,8 @@
 """The main job of pgclone, on a small shop: `make demo`.
 
 Starts a private PostgreSQL 18, fills the shop in examples/shop, then dumps, breaks and restores its database.
-Every command is printed as you would type it. The server is gone at the end; the dump stays in .demo/.
+Every command is printed as you would type it. The server is gone at the end; the dump stays in .demo/, or where SHOP_DUMPS
+says (a folder, or what a plugin serves: s3://bucket/prefix/).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pgclone.testing import postgres
 ROOT = Path(__file__).resolve().parent.parent
 SHOP = ROOT / "examples" / "shop"
 DUMPS = ROOT / ".demo" / "dumps"
+LOCATION = os.environ.get("SHOP_DUMPS", f"{DUMPS.relative_to(ROOT)}/")
 
 ROWS = 40_000
 BOLD, DIM, GREEN, RED = "\033[1m", "\033[2m", "\033[32m", "\033[31m"
@@ -44,7 +46,7 @@ class Shop:
             "PGPORT": str(server.port),
             "PGUSER": "shop",
             "PGPASSWORD": "shop",
-            "SHOP_DUMPS": str(DUMPS),
+            "SHOP_DUMPS": os.environ.get("SHOP_DUMPS", str(DUMPS)),
         }
 
     def run(self, command: str, stdout: int | None = None) -> str:
@@ -79,7 +81,7 @@ def main() -> None:
         tour(Shop(server))
     seconds = time.monotonic() - begun
     show(f"\nAll of it went as it should, in {seconds:.0f} seconds. The server is stopped.", GREEN)
-    show(f"The dump is in {DUMPS.relative_to(ROOT)}/, the project in {SHOP.relative_to(ROOT)}/.", DIM)
+    show(f"The dump is in {LOCATION}, the project in {SHOP.relative_to(ROOT)}/.", DIM)
 
 
 def tour(shop: Shop) -> None:
