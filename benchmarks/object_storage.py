@@ -27,8 +27,7 @@ from pathlib import Path
 from pgclone.testing import proxy
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in ("pgclone_s3", "pgclone_gcs"):
-    sys.path.append(str(ROOT / folder / "tests"))
+sys.path += [str(ROOT), str(ROOT / "pgclone_s3" / "tests"), str(ROOT / "pgclone_gcs" / "tests")]
 
 MiB = 1024 * 1024
 NETWORKS = {

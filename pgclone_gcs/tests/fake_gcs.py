@@ -26,9 +26,7 @@ import http.client
 import importlib.util
 import json
 import platform
-import random
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -41,7 +39,8 @@ from google.api_core.client_options import ClientOptions
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 
-HOST = "127.0.0.1"
+from tests.ports import HOST, reserved_port
+
 BUCKET = "pgclone"
 START = 30.0
 """Seconds in which the server must have its bucket. It takes a tenth of one when the machine is idle."""
@@ -123,7 +122,7 @@ def start(*, durable: bool = False) -> Iterator[Server]:
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgclone-gcs-")))
-        port = stack.enter_context(_reserved_port())
+        port = stack.enter_context(reserved_port())
         url = f"http://{HOST}:{port}"
         backend = (
             ["-backend", "filesystem", "-filesystem-root", str(folder / "data")] if durable else ["-backend", "memory"]
@@ -167,23 +166,3 @@ def _wait_until_ready(server: Server) -> None:
                 answer = str(status)
         time.sleep(0.01)
     raise RuntimeError(f"fake-gcs-server did not start: {answer}\n{server.process.log.read_text(errors='replace')}")
-
-
-@contextlib.contextmanager
-def _reserved_port() -> Iterator[int]:
-    """A port that is free. Until the end, a UDP socket says to other processes in here that it is taken.
-
-    Ports that the system hands out by itself are never among them: those begin at 32768.
-    """
-    while True:
-        port = random.randrange(10240, 32768)
-        with contextlib.ExitStack() as stack:
-            reservation = stack.enter_context(socket.socket(type=socket.SOCK_DGRAM))
-            try:
-                reservation.bind((HOST, port))
-                with socket.socket() as probe:
-                    probe.bind((HOST, port))
-            except OSError:
-                continue
-            yield port
-            return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import os
 import time
 from typing import Any
 
@@ -172,3 +173,15 @@ def test_a_deletion_whose_answer_was_lost_is_one(storage: Storage, between: Prox
     assert storage.delete(location=storage.location, key="key") is True
     assert keys(storage) == []
     assert storage.delete(location=storage.location, key="key") is False
+
+
+def test_parent_and_child_of_a_fork_do_not_read_each_others_objects(storage: Storage) -> None:
+    """They would on one connection: each would get what the other has asked for."""
+    put(storage, "other", DATA[::-1])
+    for _ in range(5):
+        assert same(get(storage, "key"), DATA)  # a connection is open now
+        child = os.fork()
+        if not child:
+            os._exit(0 if same(get(storage, "other"), DATA[::-1]) else 1)
+        assert same(get(storage, "key"), DATA)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -13,8 +13,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import os
-import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-HOST = "127.0.0.1"
+from tests.ports import HOST, reserved_port
+
 START = 60.0
 """Seconds in which the server must answer. It takes less than half of one when the machine is idle."""
 
@@ -46,7 +45,7 @@ def start(*, unsigned: int | None = None) -> Iterator[Server]:
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgclone-moto-")))
-        port = stack.enter_context(_reserved_port())
+        port = stack.enter_context(reserved_port())
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "MOTO_"))}
         environment.pop("INITIAL_NO_AUTH_ACTION_COUNT", None)
         if unsigned is not None:
@@ -77,23 +76,3 @@ def _wait_until_ready(port: int, process: subprocess.Popen[bytes], log: Path) ->
                     return
         time.sleep(0.02)
     raise RuntimeError(f"The server of moto did not start:\n{log.read_text(errors='replace')}")
-
-
-@contextlib.contextmanager
-def _reserved_port() -> Iterator[int]:
-    """A port that is free. Until the end, a UDP socket says to other processes in here that it is taken.
-
-    Ports that the system hands out by itself are never among them: those begin at 32768.
-    """
-    while True:
-        port = random.randrange(10240, 32768)
-        with contextlib.ExitStack() as stack:
-            reservation = stack.enter_context(socket.socket(type=socket.SOCK_DGRAM))
-            try:
-                reservation.bind((HOST, port))
-                with socket.socket() as probe:
-                    probe.bind((HOST, port))
-            except OSError:
-                continue
-            yield port
-            return

@@ -12,10 +12,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,7 +27,8 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-HOST = "127.0.0.1"
+from tests.ports import HOST, reserved_port
+
 BUCKET = "pgclone"
 GRPC = 10000
 """How far the gRPC port of a service is from its HTTP port."""
@@ -132,7 +131,7 @@ def start() -> Iterator[Server]:
     """Start a server that has one empty bucket; stop it at the end of the block and remove everything it wrote."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pgclone-seaweed-", dir=_roomy())))
-        ports = {service: stack.enter_context(_reserved_port()) for service in SERVICES}
+        ports = {service: _port(service, stack) for service in SERVICES}
         admin, reader, writer = (
             Identity(f"{name}{secrets.token_hex(4)}", secrets.token_urlsafe(30))
             for name in ("admin", "reader", "writer")
@@ -228,27 +227,11 @@ def _roomy() -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _reserved_port() -> Iterator[int]:
-    """A port that is free, and whose gRPC port is too.
-
-    Servers bind their ports one by one over some seconds. Until the end, a UDP socket says to other processes in here
-    that the port is taken. Ports that the system hands out by itself are never among them: those begin at 32768.
-    """
-    while True:
-        port = random.randrange(10240, 20240)
-        with contextlib.ExitStack() as stack:
-            reservation = stack.enter_context(socket.socket(type=socket.SOCK_DGRAM))
-            try:
-                reservation.bind((HOST, port))
-                for number in (port, port + GRPC):
-                    with socket.socket() as probe:
-                        probe.bind((HOST, number))
-            except OSError:
-                continue
-            if not any(_socket(service, port).exists() for service in SERVICES):
-                yield port
-                return
+def _port(service: str, stack: contextlib.ExitStack) -> int:
+    """A port for a service, at which no killed server has left a socket."""
+    while _socket(service, port := stack.enter_context(reserved_port(GRPC))).exists():
+        pass
+    return port
 
 
 def _socket(service: str, port: int) -> Path:
