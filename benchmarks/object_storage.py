@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import secrets
 import statistics
 import subprocess
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +57,10 @@ def main() -> None:
             for _ in range(options.mebibytes):
                 file.write(secrets.token_bytes(MiB))
         for service in options.service or ("s3", "gcs"):
-            with SERVICES[service]() as (port, clients):
+            with SERVICES[service]() as (port, clients, delete):
                 for network in options.network or NETWORKS:
                     with connect(port, NETWORKS[network]) as url:
-                        compare(f"{service}, {network}", clients(url), data, options.rounds)
+                        compare(f"{service}, {network}", clients(url), data, options.rounds, delete)
 
 
 @contextmanager
@@ -86,7 +87,7 @@ class Client:
 
 
 @contextmanager
-def s3() -> Iterator[tuple[int, object]]:
+def s3() -> Iterator[tuple[int, Callable[[str], dict[str, Client]], Callable[[str], object]]]:
     import seaweed
 
     aws = install_awscli(ROOT / ".bench" / "aws")
@@ -107,11 +108,11 @@ def s3() -> Iterator[tuple[int, object]]:
                 "smart_open": this("smart_open", key, environ),
             }
 
-        yield server.port, clients
+        yield server.port, clients, lambda key: server.client().delete_object(Bucket=server.bucket, Key=key)
 
 
 @contextmanager
-def gcs() -> Iterator[tuple[int, object]]:
+def gcs() -> Iterator[tuple[int, Callable[[str], dict[str, Client]], Callable[[str], object]]]:
     import fake_gcs
 
     with fake_gcs.start() as server:
@@ -120,7 +121,7 @@ def gcs() -> Iterator[tuple[int, object]]:
             environ, key = {"STORAGE_EMULATOR_HOST": url}, f"gs://{server.bucket}/{{}}"
             return {"pgclone": this("gcs", key, environ), "google-cloud-storage": this("google", key, environ)}
 
-        yield server.port, clients
+        yield server.port, clients, lambda key: server.client().bucket(server.bucket).blob(key).delete()
 
 
 SERVICES = {"s3": s3, "gcs": gcs}
@@ -140,17 +141,19 @@ def install_awscli(folder: Path) -> Path:
     return folder / "bin" / "aws"
 
 
-def compare(title: str, clients: Mapping[str, Client], data: Path, rounds: int) -> None:
+def compare(
+    title: str, clients: Mapping[str, Client], data: Path, rounds: int, delete: Callable[[str], object]
+) -> None:
     found: dict[tuple[str, str], list[Measured]] = {}
-    names = [*clients]
     for number in range(rounds + 1):
-        for name in names[number % len(names) :] + names[: number % len(names)]:  # nobody is always the first
+        for name in random.sample([*clients], len(clients)):  # nobody always comes after the same one
             client = clients[name]
             key = f"bench/{secrets.token_hex(4)}"
             for direction, argv in (("write", client.write), ("read", client.read)):
                 measured = run([word.format(key) for word in argv], client.environ, data, direction)
                 if number:  # the first round warms the server up
                     found.setdefault((name, direction), []).append(measured)
+            delete(key)
     print(f"\n{title}\n{'':22}{'write MiB/s':>12}{'RSS MiB':>9}{'read MiB/s':>12}{'RSS MiB':>9}")
     for name in clients:
         row = [

@@ -41,7 +41,7 @@ class Settings:
         choices=("when_supported", "when_required"),
     )
     part_size: int = _option("MiB of a part, at least 5. Large dumps get larger ones, as 10,000 must do.", 8)
-    concurrency: int = _option("How many parts or ranges of one stream travel at once.", 6)
+    concurrency: int = _option("How many parts of one stream travel at once; of ranges, twice as many.", 4)
     timeout: float = _option("Seconds without an answer after which a request is tried again.", 60)
 
     def __post_init__(self) -> None:
