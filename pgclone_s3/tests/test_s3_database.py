@@ -165,8 +165,7 @@ def test_credentials_that_are_rejected(command: list[str], shop: Project, s3: An
     assert (shop.digest(), shop.databases()) == (before, ["shop"])
 
 
-def test_credentials_that_may_only_write_make_dumps(shop: Project, s3: Any) -> None:
-    """They may not list, which a dump needs; the error says what to allow."""
+def test_credentials_that_may_not_list_are_told_what_a_dump_needs(shop: Project, s3: Any) -> None:
     writer = s3.configuration(s3.server.writer)["PGCLONE_S3_CONFIG"]
     done = shop.pgclone("dump", PGCLONE_S3_CONFIG=writer)
     assert done.status == 1

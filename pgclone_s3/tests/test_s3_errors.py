@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 import pgclone_s3
-from pgclone.exceptions import PgcloneError
+from pgclone.exceptions import PgcloneError, StorageError
+from pgclone.locations import parse_location
 from pgclone.testing.proxy import Answer, Proxy
 from pgclone.testing.storage import MiB, keys, noise, put, reader, serve
+from pgclone_s3.errors import explained
 
 
 def error_of(storage: Any, do: str = "list") -> str:
@@ -318,3 +320,11 @@ def test_settings_that_are_wrong(s3: Any) -> None:
     assert error_of(s3.use(part_sice=5)) == (
         'settings.PGCLONE_S3 has the key "part_sice", which is no option.\nDid you mean "part_size"?'
     )
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset by peer"), TimeoutError("timed out")])
+def test_a_network_that_fails_is_no_matter_of_credentials(error: OSError) -> None:
+    location = parse_location("s3://bucket/dumps")
+    with pytest.raises(StorageError) as caught, explained(location):
+        raise error
+    assert str(caught.value) == f"s3://bucket/dumps broke off, also after several tries: {error}.\nTry again later."

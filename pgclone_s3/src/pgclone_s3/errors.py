@@ -50,6 +50,8 @@ def explained(location: Location, key: str = "") -> Iterator[None]:
         if "Invalid header value" in str(error):  # followed by the value: a token
             raise _unprintable(location) from None
         raise _failure(error, location) from error
+    except (ConnectionError, TimeoutError) as error:
+        raise StorageError(f"{location} broke off, also after several tries: {error}.", "Try again later.") from error
     except OSError as error:  # files of credentials and tokens
         named = f"{error.filename}: " if error.filename else ""
         raise StorageError(f"{location} cannot be used: {named}{error.strerror or error}.", _KEYS) from error
