@@ -25,6 +25,7 @@ def dump(
     storage_location: str | None = None,
     codec: str | None = None,
     level: int | None = None,
+    jobs: int | None = None,
     config: str | None = None,
 ) -> str:
     """Dump a database into storage.
@@ -79,6 +80,7 @@ def restore(
     strategy: str | None = None,
     kill: bool | None = None,
     wait: bool | None = None,
+    jobs: int | None = None,
     database: str | None = None,
     storage_location: str | None = None,
     config: str | None = None,
@@ -108,6 +110,8 @@ def copy(
     kill: bool | None = None,
     replace: bool | None = None,
     wait: bool | None = None,
+    online: bool | None = None,
+    jobs: int | None = None,
     database: str | None = None,
     config: str | None = None,
 ) -> str:

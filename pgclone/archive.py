@@ -1,7 +1,8 @@
 """What a dump consists of, and the order in which it is committed (docs/archive-format.md).
 
-Under the key `K`: `K` itself is a custom-format archive of pg_dump inside a codec, `K.json` its manifest. The manifest is
-written when `K` is complete but not yet committed: a key that is listed has its manifest.
+Under the key `K`: `K` itself is a custom-format archive of pg_dump inside a codec, `K.parts/NNNNN` the rows of large tables,
+`K.json` the manifest. Parts are committed first. The manifest is written when `K` is complete but not yet committed: a key
+that is listed has its manifest, and all parts that the manifest names.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -60,6 +61,45 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The rows of a table, or of some blocks of it, as COPY writes them, stored beside the archive.
+
+    Args:
+        number: Counts from 1.
+        schema, table: Whose rows they are.
+        columns: In the order of the rows' values.
+        rows: Exactly.
+        raw_size: Bytes inside the codecs.
+        stored_size, sha256: Of the bytes as stored.
+        first_block, end_block: The blocks of the table's heap that they came from, the last one excluded; None: all up to,
+            or from there.
+    """
+
+    number: int
+    schema: str
+    table: str
+    columns: tuple[str, ...]
+    rows: int
+    raw_size: int
+    stored_size: int
+    sha256: str
+    first_block: int | None = None
+    end_block: int | None = None
+
+    @property
+    def digest(self) -> Digest:
+        return Digest(self.stored_size, self.sha256)
+
+    def __str__(self) -> str:
+        return f"{self.schema}.{self.table}"
+
+
+def part_key(key: str, number: int) -> str:
+    """Where a part of a dump is stored."""
+    return f"{key}.parts/{number:05d}"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What is known about a dump beside its bytes. Nothing in it is secret.
 
@@ -73,7 +113,7 @@ class Manifest:
         sha256: Of the bytes as stored.
         extensions: Name and version.
         migrations: The last applied migration of each Django app.
-        parts: Parts beside `K` (none yet).
+        parts: What is stored beside `K`.
         plugins: Name and version.
         encoding, collate, ctype: Of the dumped database.
     """
@@ -95,7 +135,7 @@ class Manifest:
     tables: tuple[Table, ...]
     foreign_keys: tuple[ForeignKey, ...]
     plugins: Mapping[str, str]
-    parts: tuple[Mapping[str, Any], ...] = ()
+    parts: tuple[Part, ...] = ()
     masks: Mapping[str, Any] | None = None
     format: int = field(default=FORMAT)
 
@@ -129,7 +169,8 @@ def parse_manifest(data: bytes, key: str) -> Manifest:
             )
         if body.pop("self_sha256") != _digest(body):
             raise damaged
-        body |= {name: tuple(body[name]) for name in ("codecs", "parts")}
+        body["codecs"] = tuple(body["codecs"])
+        body["parts"] = tuple(Part(**{**part, "columns": tuple(part["columns"])}) for part in body["parts"])
         body["tables"] = tuple(Table(**table) for table in body["tables"])
         body["foreign_keys"] = tuple(ForeignKey(**foreign) for foreign in body["foreign_keys"])
         return Manifest(**{item.name: body[item.name] for item in fields(Manifest)})
@@ -153,6 +194,28 @@ def read_manifest(storage: Storage, key: str) -> Manifest | None:
         while len(data) < _MANIFEST_BYTES and (block := source.read(BLOCK)):
             data += block
     return parse_manifest(data, key)
+
+
+def check_parts(storage: Storage, key: str, parts: Collection[Part]) -> None:
+    """Look whether all parts of a dump are there, and as large as they were.
+
+    Raises:
+        CorruptDump: One is not.
+    """
+    if not parts:
+        return
+    sizes = {entry.key: entry.size for entry in _everything(storage, f"{key}.parts/")}
+    for part in parts:
+        name = part_key(key, part.number)
+        if name not in sizes:
+            raise exceptions.CorruptDump(
+                f'"{name}" is gone, which is a part of the dump "{key}": rows of {part}.', "Restore another dump."
+            )
+        if sizes[name] not in (None, part.stored_size):
+            raise exceptions.CorruptDump(
+                f'"{name}", a part of the dump "{key}", has {sizes[name]} bytes where the manifest has {part.stored_size}.',
+                "Restore another dump.",
+            )
 
 
 def check_unmanifested(storage: Storage, key: str) -> None:
@@ -192,16 +255,20 @@ def sweep(storage: Storage, instance: str, after: timedelta) -> None:
     for dumps. Left-overs that only the storage can see (partial files and uploads) are the storage plugin's to remove.
     """
     dumps: set[str] = set()
-    orphans: list[Entry] = []
+    owned: dict[str, list[Entry]] = {}
     limit = datetime.now(timezone.utc) - after
     for entry in _everything(storage, f"{instance}/"):
-        if keys.owner(entry.key) is None:
+        owner = keys.owner(entry.key)
+        if owner is None:
             dumps.add(entry.key)
-        elif keys.parse(keys.owner(entry.key) or "") and entry.modified is not None and entry.modified < limit:
-            orphans.append(entry)
+        elif keys.parse(owner):
+            owned.setdefault(owner, []).append(entry)
     refused: list[tuple[str, str]] = []
-    for entry in orphans:
-        if keys.owner(entry.key) not in dumps:
+    for owner, entries in owned.items():
+        # A run that lives longer than `after` still adds parts.
+        if owner in dumps or not all(entry.modified is not None and entry.modified < limit for entry in entries):
+            continue
+        for entry in entries:
             try:
                 delete(storage, entry.key)
             except exceptions.PgcloneError as error:
@@ -228,16 +295,19 @@ def delete(storage: Storage, key: str) -> bool:
         raise exceptions.StorageError(f'"{key}" in {storage.location} could not be deleted: {words}') from error
 
 
-def discard_manifest(storage: Storage, manifest: Manifest) -> None:
-    """Delete the manifest of a dump that could not be committed.
+def discard(storage: Storage, key: str, parts: Iterable[Part], manifest: Manifest | None) -> None:
+    """Delete what was committed of a dump that could not be committed itself.
 
-    A dump that is listed needs its manifest, whatever went wrong; and another run's, under the same key, is not ours.
+    A dump that is listed needs its manifest and its parts, whatever went wrong; and another run's manifest, under the same
+    key, is not ours. What cannot be deleted now is left to the sweep.
     """
-    key = manifest.key
-    with contextlib.suppress(Exception):  # the sweep gets it later; the error that brought us here counts
-        listed = any(entry.key == key for entry in storage.list(location=storage.location, prefix=key))
-        if not listed and read_manifest(storage, key) == manifest:
+    with contextlib.suppress(Exception):  # the error that brought us here counts
+        if any(entry.key == key for entry in storage.list(location=storage.location, prefix=key)):
+            return
+        if manifest and read_manifest(storage, key) == manifest:
             storage.delete(location=storage.location, key=f"{key}.json")
+        for part in parts:
+            storage.delete(location=storage.location, key=part_key(key, part.number))
 
 
 def _everything(storage: Storage, prefix: str) -> Iterator[Entry]:

@@ -41,6 +41,7 @@ class Option:
         setting: Its name in the settings; None if it has none.
         in_config: Whether a configuration may give it.
         metavar: What the help shows for its value.
+        least: The least number that it may be.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Option:
     setting: str | None
     in_config: bool
     metavar: str | None
+    least: int | None
 
 
 def _option(
@@ -64,10 +66,13 @@ def _option(
     setting: bool = True,
     in_config: bool | None = None,
     metavar: str | None = None,
+    least: int | None = None,
 ) -> Any:
     # An option without a command is the project's: a setting alone.
     row = {"help": help, "default": default, "type": type, "flags": flags, "commands": on, "metavar": metavar}
-    return field(metadata={**row, "setting": setting, "in_config": bool(on) if in_config is None else in_config})
+    return field(
+        metadata={**row, "least": least, "setting": setting, "in_config": bool(on) if in_config is None else in_config}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +137,15 @@ class Options:
         type=int,
         flags=("--level",),
         on=(DUMP,),
+    )
+    jobs: int = _option(
+        "How many tables are read or loaded at a time (default: one for each core, at most 4).",
+        lambda: min(4, _cores()),
+        type=int,
+        flags=("-j", "--jobs"),
+        on=(DUMP, RESTORE, COPY),
+        metavar="N",
+        least=1,
     )
     pre_swap_hooks: tuple[str, ...] = _option(
         "Management commands to run on the restored database before it is swapped in.",
@@ -206,6 +220,15 @@ class Options:
         flags=("--kill",),
         on=(RESTORE, COPY),
     )
+    online: bool = _option(
+        "Copy row by row, beside the sessions on the database, instead of ending them.",
+        False,
+        type=bool,
+        flags=("--online",),
+        on=(COPY,),
+        setting=False,
+        in_config=False,
+    )
     wait: bool = _option(
         "Wait for another run on the same database.", True, type=bool, flags=("--wait",), on=(RESTORE, COPY)
     )
@@ -222,9 +245,9 @@ class Options:
     sweep_after: int = _option("Seconds after which what a dead run left in storage is removed.", 24 * 3600, type=int)
     statement_timeout: str = _option("statement_timeout of the maintenance statements.", "")
     lock_timeout: str = _option("lock_timeout of the maintenance statements, and of pg_dump's locks.", "")
-    bin_dir: str = _option("The folder of pg_dump and pg_restore (default: found on PATH).", "")
+    bin_dir: str = _option("The folder of pg_dump, pg_restore and psql (default: found on PATH).", "")
     transfer_memory: int = _option(
-        "MiB of memory that all open streams to and from object storage share.", 256, type=int
+        "MiB of memory that all open streams to and from object storage share.", 256, type=int, least=1
     )
     plugins: tuple[str, ...] = _option("Hook modules of the project: dotted names, or module:object.", (), type=tuple)
     disabled_plugins: tuple[str, ...] = _option("Names of plugins that are not loaded.", (), type=tuple)
@@ -397,6 +420,8 @@ def _typed(option: Option, value: Any, where: str) -> Any:
     }[option.type]
     if not fits:
         raise exceptions.ValueError(f"{where} is {value!r}, but must be {wanted}.")
+    if option.least is not None and value < option.least:
+        raise exceptions.ValueError(f"{where} is {value!r}, but must be at least {option.least}.")
     return option.type(value)
 
 
@@ -412,6 +437,11 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 def _is_list_of_strings(value: Any) -> bool:
     return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, str) for item in value)
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _maintenance_database() -> str:

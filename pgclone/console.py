@@ -15,6 +15,7 @@ _LINES = {
     "restore_finished": 'Database "{database}" restored from "{key}"',
     "restore_error_harmless": "Ignored, as it is harmless: {entry}: {error}",
     "restore_error_allowed": "Ignored, as you allowed it: {entry}: {error}",
+    "indexes_one_by_one": "Indexes and constraints are built one at a time: {why}",
     "foreign_key_not_valid": "Foreign key {foreign_key} is NOT VALID",
     "foreign_key_missing": "Foreign key {foreign_key} is missing",
     "dump_without_manifest": '"{key}" has no manifest: its completeness rests on pg_restore alone',

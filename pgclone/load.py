@@ -10,18 +10,21 @@ import contextlib
 import functools
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgclone import exceptions, process, toc, verdict
+from pgclone import exceptions, parts, process, toc, verdict
 from pgclone.archive import ForeignKey, Manifest
+from pgclone.crew import Crew, crew
 from pgclone.database import catalogue
 from pgclone.database.connection import Conninfo, Server, Session
 from pgclone.events import log
-from pgclone.process import Tools
-from pgclone.streams import Digest, Source
-from pgclone.toc import Contents
+from pgclone.parts import Progress, Reader, Rows
+from pgclone.process import Child, Tools
+from pgclone.streams import BLOCK, Digest
+from pgclone.toc import Contents, Readable
 
 _FOREIGN_KEY_VIOLATION = "23503"
 _NOT_VALID_ON_PARTITIONED = 180000
@@ -35,10 +38,11 @@ class Loading:
     acl: bool = False
     allow_errors: tuple[str, ...] = ()
     allow_missing_fk: bool = False
+    jobs: int = 1
 
 
 @contextlib.contextmanager
-def open_archive(tools: Tools, source: Source) -> Iterator[Contents]:
+def open_archive(tools: Tools, source: Readable) -> Iterator[Contents]:
     """Read the head of a dump, keep it in a temporary file for the time of the block.
 
     Raises:
@@ -62,36 +66,47 @@ def load(
     server: Server,
     database: str,
     contents: Contents,
-    source: Source,
+    archive: Reader,
+    rows: Sequence[Rows],
+    encoding: str,
     foreign_keys: Sequence[ForeignKey],
     loading: Loading,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Digest:
-    """Load an archive into an empty database.
+    progress: Progress = lambda count: None,
+) -> None:
+    """Load an archive, and the rows that are beside it, into an empty database.
+
+    First come tables, then rows: those of the archive and the others side by side, on as many connections as there are jobs;
+    then indexes and constraints, again on as many. Nothing but the head of the archive is kept anywhere.
 
     Args:
+        archive: What follows its head.
+        rows: Those beside the archive.
+        encoding: Theirs, as PostgreSQL names it.
         foreign_keys: Those that point to rows which were left out of the dump. They come back NOT VALID when rows are
             missing.
-        progress: Called with the bytes of the archive that were read so far.
-
-    Returns:
-        The digest of what the storage holds, for the proof.
+        progress: Called with numbers of bytes that were read.
 
     Raises:
-        ToolFailed: pg_restore failed, or had errors that are neither harmless nor allowed.
-        CorruptDump: The stream is damaged.
+        ToolFailed: pg_restore or psql failed, or had errors that are neither harmless nor allowed.
+        CorruptDump: A stream is damaged, or not what was dumped.
     """
     conninfo = _conninfo(server, database)
     pg_restore = functools.partial(process.pg_restore, tools, conninfo, owner=loading.owner, acl=loading.acl)
     with pg_restore(section="pre-data", archive=contents.head) as child:
         verdict.judge(child, contents.names, loading.allow_errors)
-    with pg_restore(section="data", archive=None) as child:
-        _feed(child, contents, source, progress)
-        digest = source.drain()
-        verdict.judge(child, contents.names)
+    tasks = [functools.partial(parts.load, tools, conninfo, encoding, one, progress) for one in rows]
+    with crew(tasks, loading.jobs - 1) as workers:
+        with pg_restore(section="data", archive=None) as child, workers.ending(child.terminate):
+            _feed(child, contents, archive, progress, workers)
+            workers.check()
+            archive.prove(0)
+            verdict.judge(child, contents.names)
+        workers.hire()
+        workers.wait(lambda: progress(0))
     entries = toc.without(contents, foreign_keys)
-    with pg_restore(section="post-data", archive=contents.head, entries=entries) as child:
-        verdict.judge(child, contents.names, loading.allow_errors)
+    jobs = _jobs_for_indexes(tools, server, loading)
+    with pg_restore(section="post-data", archive=contents.head, entries=entries, jobs=jobs) as child:
+        verdict.judge(child, contents.names, loading.allow_errors, jobs=jobs)
     with server.connect(database) as session:
         added = [
             foreign_key
@@ -101,7 +116,6 @@ def load(
     if comments := toc.only_comments(contents, added):
         with pg_restore(section="post-data", archive=contents.head, entries=comments) as child:
             verdict.judge(child, contents.names, loading.allow_errors)
-    return digest
 
 
 def prove(manifest: Manifest | None, key: str, digest: Digest, raw_size: int) -> None:
@@ -124,7 +138,7 @@ def prove(manifest: Manifest | None, key: str, digest: Digest, raw_size: int) ->
 def prove_objects(
     server: Server, database: str, contents: Contents, loading: Loading, absent: Sequence[ForeignKey]
 ) -> None:
-    """Compare what the archive lists with what the database has, then bring its statistics up to date.
+    """Compare what the archive lists with what the database has.
 
     Raises:
         CorruptDump: Something that the archive lists is not there.
@@ -142,7 +156,6 @@ def prove_objects(
                 f"{len(missing)} objects that the dump lists are not in the restored database: {'; '.join(missing[:8])}.",
                 "Nothing was swapped in.",
             )
-        session.execute("ANALYZE")
 
 
 def absent_foreign_keys(server: Server, database: str, foreign_keys: Sequence[ForeignKey]) -> list[ForeignKey]:
@@ -154,15 +167,47 @@ def absent_foreign_keys(server: Server, database: str, foreign_keys: Sequence[Fo
     return [foreign for foreign in foreign_keys if ("FK CONSTRAINT", _spaced(foreign)) not in present]
 
 
-def _feed(child: process.Child, contents: Contents, source: Source, progress: Callable[[int], None]) -> None:
+def analyze(server: Server, database: str, jobs: int) -> None:
+    """Bring the statistics of a database up to date, on as many connections as there are jobs."""
+    with server.connect(database) as session:
+        tables = deque(catalogue.analyzable(session))
+
+    def work(workers: Crew) -> None:
+        with server.connect(database) as session, workers.ending(session.cancel):
+            while tables:
+                workers.check()
+                with contextlib.suppress(IndexError):  # another worker was faster
+                    catalogue.analyze(session, tables.popleft())
+
+    with crew([work] * jobs, jobs) as workers:
+        workers.wait()
+
+
+def _feed(child: Child, contents: Contents, archive: Reader, progress: Progress, workers: Crew) -> None:
     """Feed pg_restore the archive. One that has read enough closes the pipe: its exit status tells whether it is content."""
     with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
         with contents.head.open("rb") as head:
-            while block := head.read(1024 * 1024):
+            while block := head.read(BLOCK):
                 pipe.write(block)
-        while block := source.read():
+        while block := archive.read():
+            workers.check()
             pipe.write(block)
-            progress(source.raw_size)
+            progress(len(block))
+
+
+def _jobs_for_indexes(tools: Tools, server: Server, loading: Loading) -> int:
+    """With several connections, pg_restore mixes up the errors of its processes: then none can be told to be harmless.
+
+    From 17 on it sends servers before 17 a setting that they do not know.
+    """
+    with server.connect() as session:
+        unknown_setting = tools.version >= 17 and session.version < 170000
+    if loading.jobs > 1 and (unknown_setting or loading.allow_errors):
+        log.info(
+            "indexes_one_by_one", why="--allow-error" if loading.allow_errors else f"pg_restore {tools.text} is newer"
+        )
+        return 1
+    return loading.jobs
 
 
 def _add_foreign_key(

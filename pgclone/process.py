@@ -1,4 +1,4 @@
-"""The only place that starts processes: pg_dump and pg_restore.
+"""The only place that starts processes: pg_dump, pg_restore and psql.
 
 Arguments are lists, no shell sees them. Passwords travel in the environment of the child alone. A child never outlives
 this process: it is terminated when a block ends with an exception, and on Linux by the kernel when this process is killed.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -23,12 +24,14 @@ from types import FrameType
 from typing import IO, BinaryIO, Literal
 
 from pgclone import exceptions
-from pgclone.database.connection import Conninfo
+from pgclone.database.connection import Conninfo, Session
 from pgclone.events import log
 
 Section = Literal["pre-data", "data", "post-data"]
 
 _STDERR_BYTES = 16 * 1024 * 1024
+_PIPE_BYTES = 1024 * 1024
+"""What a pipe to or from a tool holds where Linux allows it, so that neither side waits for each few kilobytes."""
 _CHATTER = re.compile(rb"pg_restore: (?!error: |warning: |hint: |detail: |while |from TOC entry )")
 """What pg_restore says besides when it is to name the archive entry of each error (--verbose)."""
 _GRACE_SECONDS = 5
@@ -48,6 +51,7 @@ class Tools:
 
     pg_dump: str
     pg_restore: str
+    psql: str
     version: int
     text: str
 
@@ -78,10 +82,14 @@ class Child:
         self._collector.join()
         return status
 
-    def stop(self) -> None:
-        """End it: first with SIGTERM, which makes the tools cancel their statements in the server."""
+    def terminate(self) -> None:
+        """Send it SIGTERM, which makes the tools cancel their statements in the server, and do not wait."""
         if self._process.poll() is None:
             self._process.terminate()
+
+    def stop(self) -> None:
+        """End it, if need be with SIGKILL."""
+        self.terminate()
         for _ in range(_GRACE_SECONDS * 100):  # counted, not timed: tests may hold the clock
             if self._process.poll() is not None:
                 return
@@ -104,13 +112,13 @@ class Child:
 
 
 def find_tools(bin_dir: str = "") -> Tools:
-    """Find pg_dump and pg_restore, in `bin_dir` or on PATH.
+    """Find pg_dump, pg_restore and psql, in `bin_dir` or on PATH.
 
     Raises:
         ToolFailed: One is missing or does not run.
     """
     paths = {}
-    for name in ("pg_dump", "pg_restore"):
+    for name in ("pg_dump", "pg_restore", "psql"):
         found = shutil.which(name, path=bin_dir or None)
         if found is None:
             raise exceptions.ToolFailed(
@@ -118,18 +126,32 @@ def find_tools(bin_dir: str = "") -> Tools:
                 "Install PostgreSQL's client tools (Debian: postgresql-client), or set PGCLONE_BIN_DIR to their folder.",
             )
         paths[name] = str(Path(found).absolute())
-    versions = {name: _version(name, path) for name, path in paths.items()}
-    text = min(versions.values(), key=_major)
-    return Tools(paths["pg_dump"], paths["pg_restore"], _major(text), text)
+    text = min((_version(name, paths[name]) for name in ("pg_dump", "pg_restore")), key=_major)
+    return Tools(**paths, version=_major(text), text=text)
+
+
+def require_new_enough(tools: Tools, session: Session) -> None:
+    """Refuse a pg_dump that is older than the server that it is to read from.
+
+    Raises:
+        ToolFailed: It is.
+    """
+    major = session.version // 10000
+    if tools.version < major:
+        server = session.value("SELECT current_setting('server_version')")
+        raise exceptions.ToolFailed(
+            f"pg_dump {tools.text} ({tools.pg_dump}) is too old for the server, which is {server}.",
+            f"Install client tools of PostgreSQL {major} or newer, or set PGCLONE_BIN_DIR to their folder.",
+        )
 
 
 @contextlib.contextmanager
 def pg_dump(
     tools: Tools, conninfo: Conninfo, *, snapshot: str, excluded: Sequence[str], encoding: str, lock_timeout: str = ""
-) -> Iterator[BinaryIO]:
+) -> Iterator[Child]:
     """Dump a database as a custom-format archive, uncompressed, with owners and privileges.
 
-    Gives the archive as a readable file. A clean end of the block means that pg_dump has succeeded.
+    Its standard output is the archive. A clean end of the block means that pg_dump has succeeded.
 
     Args:
         snapshot: An exported snapshot, so that the archive shows what its exporter saw.
@@ -143,14 +165,12 @@ def pg_dump(
     for (
         pattern
     ) in excluded:  # pg_dump takes it for text in the encoding of the database, and ignores what matches nothing
-        argv.append(os.fsdecode(f"--exclude-table-data={pattern}".encode(_python_encoding(encoding))))
+        argv.append(_encoded(f"--exclude-table-data={pattern}", encoding))
     argv += [f"--lock-wait-timeout={lock_timeout}"] if lock_timeout else []
     argv += [*_connection(conninfo)]
     with _start(argv, conninfo, stdout=subprocess.PIPE) as child:
-        yield child.stdout  # type: ignore[misc]
-        status = child.wait()
-        if status != 0:
-            raise failed(child, status)
+        yield child
+        _succeed(child)
         for line in child.errors.splitlines():
             log.warning("pg_dump_warned", line=line)
 
@@ -165,19 +185,113 @@ def pg_restore(
     entries: Path | None = None,
     owner: bool = False,
     acl: bool = False,
+    jobs: int = 1,
 ) -> Iterator[Child]:
     """Restore one section of an archive, going on after errors. The caller waits for it and judges status and errors.
 
     Args:
+        jobs: How many connections work at once; more than one only from a file.
         archive: A file; None for standard input, which the caller feeds and closes.
         entries: A list of the entries to restore, as `table_of_contents` gives them.
     """
     argv = [tools.pg_restore, "--format=custom", "--no-password", "--verbose", f"--section={section}"]
     argv += [f"--use-list={entries}"] if entries else []
+    argv += [f"--jobs={jobs}"] if jobs > 1 else []
     argv += [flag for flag, wanted in (("--no-owner", not owner), ("--no-acl", not acl)) if wanted]
     argv += [*_connection(conninfo), *([str(archive)] if archive else [])]
     with _start(argv, conninfo, stdin=None if archive else subprocess.PIPE) as child:
         yield child
+
+
+@contextlib.contextmanager
+def copy_out(tools: Tools, conninfo: Conninfo, statements: Sequence[str], encoding: str) -> Iterator[Child]:
+    """Run statements in psql, one of which is a COPY to STDOUT: the rows are its standard output.
+
+    A clean end of the block means that psql has succeeded.
+
+    Args:
+        statements: In order, in one session.
+        encoding: Of the session and of the rows, as PostgreSQL names it.
+
+    Raises:
+        ServerError: The server refused a statement. `sqlstate` is set.
+        ToolFailed: psql failed in another way, or was killed.
+    """
+    with _start([*_psql(tools, conninfo, statements, encoding)], conninfo, stdout=subprocess.PIPE) as child:
+        yield child
+        _succeed(child)
+
+
+class Loader:
+    """psql with an open COPY from STDIN, inside a transaction that nothing but `commit` commits."""
+
+    def __init__(self, child: Child, verdict: BinaryIO) -> None:
+        self.child = child
+        self._verdict = verdict
+
+    def write(self, block: bytes) -> None:
+        """Send rows.
+
+        Raises:
+            ServerError, ToolFailed: psql has ended meanwhile.
+        """
+        try:
+            self.child.stdin.write(block)
+        except BrokenPipeError:
+            raise self._failed() from None
+
+    def commit(self, rows: int) -> None:
+        """End the COPY, and commit if the server has taken exactly this many rows.
+
+        Raises:
+            ServerError, ToolFailed: psql failed, the server counted other rows, or the COMMIT failed.
+        """
+        with contextlib.suppress(BrokenPipeError):
+            self.child.stdin.close()
+        counted = self.child.stdout.readline().strip()
+        if not counted:
+            raise self._failed()
+        if counted != str(rows).encode():
+            raise exceptions.ToolFailed(f"The server took {counted.decode()} rows of {rows} that were sent to it.")
+        with contextlib.suppress(BrokenPipeError):
+            self._verdict.write(b"COMMIT;\n\\echo committed\n")
+            self._verdict.close()
+        if self.child.stdout.read().strip() != b"committed" or self.child.wait() != 0:
+            raise self._failed()
+
+    def _failed(self) -> exceptions.PgcloneError:
+        return _psql_failed(self.child, self.child.wait())
+
+
+@contextlib.contextmanager
+def copy_in(tools: Tools, conninfo: Conninfo, statements: Sequence[str], encoding: str) -> Iterator[Loader]:
+    """Load rows by psql, whose last statement is a COPY from STDIN inside a transaction.
+
+    psql takes the end of its input for the end of the rows, and would commit whatever it got. So rows and verdict come by
+    different pipes: after the rows, psql reads COMMIT from the second one, or its end, which rolls back. Nothing in the
+    rows can become a command, either.
+
+    Raises:
+        ServerError: The server refused a statement or a row. `sqlstate` is set.
+        ToolFailed: psql failed in another way, or was killed.
+    """
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb", buffering=0) as verdict:
+        try:
+            argv = [
+                *_psql(tools, conninfo, statements, encoding),
+                "--command=\\echo :ROW_COUNT",
+                f"--file=/dev/fd/{reading}",
+            ]
+            starting = _start(argv, conninfo, stdin=subprocess.PIPE, stdout=subprocess.PIPE, inherit=[reading])
+            with starting as child:
+                os.close(reading)
+                reading = -1
+                yield Loader(child, verdict)
+                verdict.close()
+        finally:
+            if reading >= 0:
+                os.close(reading)
 
 
 def table_of_contents(tools: Tools, archive: Path) -> str | None:
@@ -230,6 +344,34 @@ def _python_encoding(name: str) -> str:
         return "utf-8"
 
 
+def _psql(tools: Tools, conninfo: Conninfo, statements: Sequence[str], encoding: str) -> Iterator[str]:
+    yield from (tools.psql, "--no-psqlrc", "--quiet", "--no-password", f"--dbname={conninfo.dsn}")
+    yield from ("--set=ON_ERROR_STOP=1", "--set=VERBOSITY=verbose")
+    yield f"--command=SET client_encoding = '{encoding}'"
+    yield from (_encoded(f"--command={statement}", encoding) for statement in statements)
+
+
+def _encoded(argument: str, encoding: str) -> str:
+    """An argument that the tool takes for text in the encoding of the database."""
+    return os.fsdecode(argument.encode(_python_encoding(encoding)))
+
+
+def _succeed(child: Child) -> None:
+    status = child.wait()
+    if status != 0:
+        raise _psql_failed(child, status) if child.name == "psql" else failed(child, status)
+
+
+def _psql_failed(child: Child, status: int) -> exceptions.PgcloneError:
+    """What the server said, if psql failed because of that."""
+    # The severity comes in the server's language.
+    match = re.search(r"^(?:psql:\S+ )?\w+:  ([0-9A-Z]{5}): (.*)", child.errors, re.MULTILINE)
+    if match is None:
+        return failed(child, status)
+    detail = re.search(r"^(CONTEXT:  .*)", child.errors, re.MULTILINE)
+    return exceptions.ServerError(f"{match[2]}{f' ({detail[1]})' if detail else ''}", sqlstate=match[1])
+
+
 def failed(child: Child, status: int) -> exceptions.ToolFailed:
     """The error for a tool that failed or was killed, with the first lines of what it said."""
     said = "\n".join(child.errors.strip().splitlines()[:12])
@@ -270,6 +412,7 @@ def _start(
     *,
     stdin: int | None = None,
     stdout: int | None = None,
+    inherit: Sequence[int] = (),
 ) -> Iterator[Child]:
     # PGOPTIONS is part of the conninfo string; another encoding than the database's would end up in the archive.
     environ = {key: value for key, value in os.environ.items() if key not in ("PGOPTIONS", "PGCLIENTENCODING")}
@@ -280,7 +423,10 @@ def _start(
         stderr=subprocess.PIPE,
         env={**environ, "LC_ALL": "C", **(conninfo.environ if conninfo else {})},
         start_new_session=True,  # Ctrl-C is for this process: it stops the child in its own time
+        pass_fds=inherit,
     )
+    for pipe in (process.stdin, process.stdout):
+        _enlarge(pipe)
     child = Child(process, Path(argv[0]).name)
     try:
         yield child
@@ -291,6 +437,12 @@ def _start(
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
+
+
+def _enlarge(pipe: IO[bytes] | None) -> None:
+    if pipe is not None and hasattr(fcntl, "F_SETPIPE_SZ"):
+        with contextlib.suppress(OSError):  # the user's pipes have reached their limit
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def _until_parent_dies(argv: Sequence[str]) -> list[str]:

@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from pgclone import exceptions, process
 from pgclone.archive import ForeignKey
 from pgclone.process import Tools
-from pgclone.streams import Source
 
 MAGIC = b"PGDMP"
 """How every custom-format archive begins."""
@@ -30,6 +30,12 @@ _PROVEN = (
     "CHECK CONSTRAINT",
     "TRIGGER",
 )
+
+
+class Readable(Protocol):
+    """What an archive is read from."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Contents:
         return match[1] if match else ""
 
 
-def read_contents(tools: Tools, source: Source, folder: Path) -> Contents:
+def read_contents(tools: Tools, source: Readable, folder: Path) -> Contents:
     """Read as much of a dump as holds its table of contents, into a file in `folder`.
 
     Raises:

@@ -108,7 +108,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """Bytes of pg_dump's archive that went through, before compression. `total` is an estimate, None if unknown."""
+    """Bytes of the archive and its parts that went through, before compression. `total` is an estimate, None if unknown."""
 
     done: int
     total: int | None = None

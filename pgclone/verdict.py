@@ -41,12 +41,13 @@ class Failure:
         return f"{self.entry.strip()}: {self.message}"
 
 
-def judge(child: Child, entries: Mapping[int, str], allowed: Sequence[str] = ()) -> None:
+def judge(child: Child, entries: Mapping[int, str], allowed: Sequence[str] = (), *, jobs: int = 1) -> None:
     """Wait for pg_restore and accept what it did, or not.
 
     Args:
         entries: The archive's entries by their IDs, as `pg_restore --list` names them. Its errors leave the schema out.
         allowed: Those of them that may fail.
+        jobs: With more than one, nothing may fail: the processes of pg_restore write their errors across each other.
 
     Raises:
         ToolFailed: It was killed, it gave up, or at least one error is neither harmless nor allowed.
@@ -56,6 +57,8 @@ def judge(child: Child, entries: Mapping[int, str], allowed: Sequence[str] = ())
     ignored = re.search(r"^pg_restore: warning: errors ignored on restore: (\d+)$", child.errors, re.MULTILINE)
     if status == 0 and not failures:
         return
+    if jobs > 1 and failures:
+        raise _refused(failures)
     if status != 1 or ignored is None or int(ignored[1]) != len(failures):
         raise failed(child, status)
     serious = []
@@ -67,12 +70,7 @@ def judge(child: Child, entries: Mapping[int, str], allowed: Sequence[str] = ())
         else:
             serious.append(failure)
     if serious:
-        named = "\n".join(f"  {failure}" for failure in serious[:12])
-        more = f"\n  and {len(serious) - 12} more" if len(serious) > 12 else ""
-        raise exceptions.ToolFailed(
-            f"pg_restore could not restore everything:\n{named}{more}",
-            "Nothing was swapped in. Where the database does well without them, name these entries with --allow-error.",
-        )
+        raise _refused(serious)
 
 
 def check_allowed(allowed: Sequence[str]) -> None:
@@ -84,6 +82,15 @@ def check_allowed(allowed: Sequence[str]) -> None:
     for entry in allowed:
         if entry.upper().startswith(_DATA):
             raise exceptions.ValueError(f'--allow-error "{entry}": errors of data are never allowed.', "Leave it out.")
+
+
+def _refused(serious: Sequence[Failure]) -> exceptions.ToolFailed:
+    named = "\n".join(f"  {failure}" for failure in serious[:12])
+    more = f"\n  and {len(serious) - 12} more" if len(serious) > 12 else ""
+    return exceptions.ToolFailed(
+        f"pg_restore could not restore everything:\n{named}{more}",
+        "Nothing was swapped in. Where the database does well without them, name these entries with --allow-error.",
+    )
 
 
 def _parse(errors: str, entries: Mapping[int, str]) -> Iterator[Failure]:

@@ -44,6 +44,12 @@ DATABASES = {
 # What a test sets for a child process: {"PGCLONE_INSTANCE": "prod"}.
 globals().update(json.loads(os.environ.get("PGCLONE_TEST_SETTINGS", "{}")))
 
+if large := os.environ.get("PGCLONE_TEST_LARGE"):
+    # The bytes from which a table is worth parts, and those of a chunk, so that tests need no large tables.
+    from pgclone import plan
+
+    plan.LARGE = plan.SMALL_CHUNK = int(large)
+
 if os.environ.get("PGCLONE_TEST_DRIVER") == "psycopg2":
     import sys
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pgclone import archive, exceptions, keys
 from pgclone.api import Entry, hookimpl
-from pgclone.archive import ForeignKey, Manifest, Table, parse_manifest
+from pgclone.archive import ForeignKey, Manifest, Part, Table, parse_manifest
 from pgclone.host import Storage
 from pgclone.plugins import files
 from pgclone.testing import storage as stored
@@ -85,7 +85,14 @@ manifests = st.builds(
         tuple
     ),
     plugins=versions,
-    parts=st.lists(st.dictionaries(names, numbers, max_size=3), max_size=3).map(tuple),
+    parts=st.lists(
+        st.builds(
+            Part,
+            *(numbers, names, names, st.lists(names, max_size=3).map(tuple), numbers, numbers, numbers, names),
+            *(st.none() | numbers, st.none() | numbers),
+        ),
+        max_size=3,
+    ).map(tuple),
     masks=st.none() | versions,
 )
 

@@ -317,6 +317,7 @@ def tool(tmp_path: Path) -> Callable[[str, str], Path]:
         path.chmod(path.stat().st_mode | stat.S_IXUSR | stat.S_IXGRP | stat.S_IXOTH)
         return folder
 
+    write("psql", "exit 1")
     return write
 
 

@@ -423,20 +423,23 @@ def test_foreign_keys_of_any_name_come_back_not_valid(app: Project) -> None:
 def test_the_password_shows_in_no_process_list_output_or_file(project: Project, tmp_path: Path) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in ("pg_dump", "pg_restore"):
+    project.environ["PGCLONE_TEST_LARGE"] = "8192"
+    for name in ("pg_dump", "pg_restore", "psql"):
         script = tools / name
         script.write_text(
             f'#!/bin/sh\ncat /proc/[0-9]*/cmdline > "{tools}/$$.list" 2> /dev/null\nexec {project.server.bin}/{name} "$@"\n'
         )
         script.chmod(0o755)
     said = []
-    for argv in (["dump"], ["restore", "prod", "--reversible"], ["copy", ":mine"], ["ls", "--local"], ["plugins"]):
+    copies = (["copy", ":mine"], ["copy", ":other", "--online"])
+    for argv in (["dump"], ["restore", "prod", "--reversible"], *copies, ["ls", "--local"], ["plugins"]):
         done = project.pgclone(*argv, "-v", "3", PGCLONE_BIN_DIR=str(tools))
         assert done.status == 0, done.err
         said.append(done.out + done.err)
     lists = [path.read_bytes() for path in tools.glob("*.list")]
     assert any(b"--format=custom" in text and b"--snapshot=" in text for text in lists)
     assert any(b"--section=data" in text for text in lists)
+    assert any(b"COPY " in text for text in lists)
     stored = [(project.dumps / name).read_bytes() for name in project.stored()]
     for text in [*lists, *stored, *map(str.encode, said)]:
         assert not shown(project.server.password, text)

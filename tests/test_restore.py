@@ -15,6 +15,18 @@ def test_a_restore_brings_the_dumped_rows_back(project: Project) -> None:
     assert project.databases() == ["shop"]
 
 
+def test_a_dump_with_parts_brings_the_rows_back(project: Project) -> None:
+    project.environ["PGCLONE_TEST_LARGE"] = "8192"
+    project.fill(3000)
+    before = project.digest()
+    key = project.dump("--jobs", "2")
+    assert [name for name in project.stored() if ".parts/" in name]
+    project.sql("DELETE FROM app_review")
+    project.restore(key, "--jobs", "3")
+    assert project.digest() == before
+    assert project.databases() == ["shop"]
+
+
 def test_a_prefix_restores_the_newest_dump(project: Project) -> None:
     project.dump()
     project.fill(1)

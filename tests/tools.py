@@ -1,4 +1,4 @@
-"""Folders with a pg_dump and a pg_restore that go wrong: the real ones, behind scripts."""
+"""Folders with a pg_dump, a pg_restore and a psql that go wrong: the real ones, behind scripts."""
 
 from __future__ import annotations
 
@@ -43,11 +43,13 @@ if "--version" in sys.argv or "--list" in sys.argv:
 '''
 
 
-def make_tools(folder: Path, bin: Path, *, pg_dump: str = "exact()", pg_restore: str = "exact()") -> Path:
+def make_tools(
+    folder: Path, bin: Path, *, pg_dump: str = "exact()", pg_restore: str = "exact()", psql: str = "exact()"
+) -> Path:
     """A folder for PGCLONE_BIN_DIR. The actions are Python: `exact()`, `die(after=…, status=… or by=…, section=…)`."""
     tools = folder / "tools"
     tools.mkdir()
-    for name, action in (("pg_dump", pg_dump), ("pg_restore", pg_restore)):
+    for name, action in (("pg_dump", pg_dump), ("pg_restore", pg_restore), ("psql", psql)):
         script = tools / name
         script.write_text(_SCRIPT.format(python=sys.executable, tool=str(bin / name), action=action))
         script.chmod(0o755)

@@ -9,27 +9,16 @@ from dataclasses import dataclass
 from pgclone import exceptions
 from pgclone.archive import ForeignKey, Table
 from pgclone.database.connection import Session
+from pgclone.plan import Candidate, Relation
 
 _ORDINARY = "n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'"
 _NOT_OF_EXTENSION = """NOT EXISTS (SELECT FROM pg_depend e WHERE e.deptype = 'e' AND e.objid = c.oid
                                    AND e.classid = 'pg_class'::regclass)"""
 
-
-@dataclass(frozen=True)
-class Relation:
-    """A table, by its OID and its name."""
-
-    oid: int
-    schema: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.schema}.{self.name}"
-
-    @property
-    def pattern(self) -> str:
-        """The pattern (psql docs, Patterns) that matches this table and no other."""
-        return ".".join('"' + part.replace('"', '""') + '"' for part in (self.schema, self.name))
+# The server's functions for sizes lock what they look at: of a table that somebody changes at this moment, the estimate must do.
+_LOCKED = """(SELECT relation FROM pg_locks WHERE locktype = 'relation' AND mode = 'AccessExclusiveLock'
+              AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"""
+_ESTIMATE = "c.relpages::bigint * current_setting('block_size')::int"
 
 
 @dataclass(frozen=True)
@@ -83,12 +72,65 @@ def migrations(session: Session) -> dict[str, str]:
 def tables(session: Session, excluded: Sequence[Relation]) -> tuple[Table, ...]:
     """The tables and materialized views that pg_dump dumps, with estimates of their rows and bytes."""
     rows = session.execute(
-        f"""SELECT format('%s.%s', n.nspname, c.relname), greatest(c.reltuples, 0)::bigint, pg_total_relation_size(c.oid), c.oid
+        f"""SELECT format('%s.%s', n.nspname, c.relname), greatest(c.reltuples, 0)::bigint,
+            CASE WHEN c.oid IN {_LOCKED} THEN {_ESTIMATE} ELSE pg_total_relation_size(c.oid) END, c.oid
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE c.relkind IN ('r', 'p', 'm') AND {_ORDINARY} AND {_NOT_OF_EXTENSION} ORDER BY n.nspname, c.relname"""
     )
     oids = {relation.oid for relation in excluded}
     return tuple(Table(name, count, size or 0, oid in oids) for name, count, size, oid in rows)
+
+
+def candidates(session: Session, excluded: Sequence[Relation], least: int) -> tuple[tuple[Candidate, ...], int]:
+    """The tables of at least `least` bytes that COPY can dump and load like pg_dump does, and the bytes of all tables.
+
+    Those are ordinary tables that no extension owns. pg_dump keeps what it treats in a way of its own: unlogged tables, which
+    a standby cannot read, and leaves of tables that are partitioned by the hash of an enum, whose rows can only be loaded
+    through the root, as they hash differently in another database.
+    """
+    rows = session.execute(
+        f"""SELECT c.oid, CASE WHEN c.oid IN {_LOCKED} THEN {_ESTIMATE} ELSE coalesce(pg_table_size(c.oid), 0) END,
+            c.relpersistence = 'p' AND c.relam = (SELECT oid FROM pg_am WHERE amname = 'heap')
+            AND NOT (c.relispartition AND EXISTS (
+                SELECT FROM pg_partition_ancestors(c.oid) r JOIN pg_partitioned_table p ON p.partrelid = r.relid
+                JOIN pg_opclass o ON o.oid = ANY(p.partclass) WHERE p.partstrat = 'h' AND o.opcname = 'enum_ops'))
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind = 'r' AND {_ORDINARY} AND {_NOT_OF_EXTENSION} AND NOT c.oid = ANY(%s::oid[])""",
+        [[relation.oid for relation in excluded]],
+    )
+    sizes = {oid: size for oid, size, fits in rows if fits and size >= least}
+    tables = session.execute(
+        f"""SELECT c.oid, n.nspname::text, c.relname::text,
+            ARRAY(SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0
+                  AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum),
+            CASE WHEN c.oid IN {_LOCKED} THEN c.relpages
+                 ELSE coalesce(pg_relation_size(c.oid), 0) / current_setting('block_size')::int END
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = ANY(%s::oid[])""",
+        [list(sizes)],
+    )
+    found = tuple(
+        Candidate(oid, schema, name, tuple(columns), sizes[oid], blocks)
+        for oid, schema, name, columns, blocks in tables
+    )
+    return found, sum(size for _, size, _ in rows)
+
+
+def analyzable(session: Session) -> list[Relation]:
+    """What ANALYZE of the whole database looks at, the largest first. Partitions go with the table that they belong to."""
+    rows = session.execute(
+        """SELECT c.oid, n.nspname::text, c.relname::text
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind IN ('r', 'p', 'm') AND NOT c.relispartition AND NOT c.relisshared AND c.relpersistence <> 't'
+        AND n.nspname <> 'pg_toast' ORDER BY c.relkind = 'p' DESC, pg_relation_size(c.oid) DESC, c.oid"""
+    )
+    return [Relation(*row) for row in rows]
+
+
+def analyze(session: Session, relation: Relation) -> None:
+    """Bring the statistics of a table, and of its partitions, up to date."""
+    from django.db.backends.postgresql.psycopg_any import sql
+
+    session.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(relation.schema, relation.name)))
 
 
 def find_tables(session: Session, models: Mapping[str, str], patterns: Sequence[str]) -> tuple[Relation, ...]:

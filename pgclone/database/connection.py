@@ -79,6 +79,10 @@ class Session:
         rows = self.execute(query, params)
         return rows[0][0] if rows else None
 
+    def text(self, query: sql.Composable) -> str:
+        """The statement as it would be sent."""
+        return str(query.as_string(self._connection))
+
     @contextlib.contextmanager
     def transaction(self, begin: str = "BEGIN") -> Iterator[None]:
         """A clean end of the block commits, an exception rolls back: wherever a signal raises it, no lock is left behind."""
@@ -168,7 +172,7 @@ class Server:
         connection.autocommit = True
         session = Session(connection, f'Database "{database}" on {self}')
         try:
-            for statement in _preamble(session.version):
+            for statement in preamble(session.version):
                 session.execute(statement)
             if self.role:
                 session.execute("SELECT set_config('role', %s, false)", [self.role])
@@ -271,7 +275,7 @@ def database_name(server: Server) -> str:
         connection.close()
 
 
-def _preamble(version: int) -> list[str]:
+def preamble(version: int) -> list[str]:
     """What every session of this tool sets: the projects' own settings must not cut it off or change what it reads."""
     timeouts = ["statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"]
     timeouts += ["idle_session_timeout"] if version >= 140000 else []

@@ -1,4 +1,4 @@
-"""The default codec: Zstandard, compressing on as many cores as the machine has, up to four."""
+"""The default codec: Zstandard, compressing beside the stream that it reads, on two cores where there are two."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Writer:
 @contextlib.contextmanager
 def _compress(sink: BinaryIO, level: int) -> Iterator[BinaryIO]:
     parameter = zstd.CompressionParameter
-    workers = min(4, os.cpu_count() or 1)
+    workers = min(2, os.cpu_count() or 1)  # several streams are open at once, and each worker takes 20 MiB
     options: dict[int, int] = {parameter.compression_level: level, parameter.checksum_flag: 1}
     compressor = zstd.ZstdCompressor(options={**options, parameter.nb_workers: workers if workers > 1 else 0})
     yield cast(BinaryIO, _Writer(sink, compressor))

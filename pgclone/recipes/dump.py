@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import version
 
-from pgclone import archive, exceptions, keys, process, streams
-from pgclone.archive import Manifest
+from pgclone import archive, exceptions, keys, parts, process, streams
+from pgclone.archive import Manifest, Part
 from pgclone.conf import DUMP, Options
+from pgclone.crew import Crew, crew
 from pgclone.database import catalogue, models, route
-from pgclone.database.catalogue import Relation
-from pgclone.database.connection import Session
 from pgclone.events import log
 from pgclone.host import Storage
-from pgclone.process import Tools
+from pgclone.plan import Chunk
 from pgclone.recipes.project import Project, Reporter, check_commands, open_project, running
+from pgclone.recipes.source import Source, find_plan, open_source
 from pgclone.streams import BLOCK, Digest
 from pgclone.types import Codec, Run
 
@@ -30,8 +30,8 @@ def dump(options: Options) -> str:
     codec = project.host.codec(options.codec) if options.codec != "none" else None
     level = _find_level(codec, options.level)
     with project.server.connect(project.database) as session:
-        _require_new_enough(tools, session)
-    tables_of_models = models.find_tables(project.server, options.exclude)
+        process.require_new_enough(tools, session)
+    models.find_tables(project.server, options.exclude)  # refuses what is no model
     check_commands(options.pre_dump_hooks)
 
     # 2. Clear what dead runs left, and find a free key.
@@ -50,25 +50,24 @@ def dump(options: Options) -> str:
         with route.route(project.server, project.database) as (target, prove):
             project.host.call("pre_dump", before=prove, run=run, source=target)
 
-        # 4. Export a snapshot: the manifest and pg_dump see the same database.
-        with project.server.connect(project.database) as session, _snapshot(session) as snapshot:
-            excluded = catalogue.find_tables(session, tables_of_models, options.exclude_tables)
+        # 4. Plan, and export a snapshot: the manifest, pg_dump and all parts see the same database.
+        with project.server.connect(project.database) as session, open_source(project, tools, session) as source:
             log.info("dump_started", alias=options.database, database=project.database, key=key)
 
-            # 5. Stream pg_dump through the codec into storage; write the manifest; commit.
-            size, stored = _write(project, run, tools, session, snapshot, storage, key, codec, level, excluded)
+            # 5. Stream pg_dump and the parts through the codec into storage; write the manifest; commit.
+            raw, size = _write(project, run, source, storage, key, codec, level)
 
         # 6. It is there: tell everyone.
-        log.info(
-            "dump_committed",
-            alias=options.database,
-            database=project.database,
-            key=key,
-            bytes=stored.size,
-            raw=size,
-        )
-        project.host.tell("post_dump", run=run, key=key, size=stored.size)
+        log.info("dump_committed", alias=options.database, database=project.database, key=key, bytes=size, raw=raw)
+        project.host.tell("post_dump", run=run, key=key, size=size)
     return key
+
+
+def plan(options: Options) -> Iterator[str]:
+    """What a dump would do, for people. Nothing is written, and no hook is called."""
+    project = open_project(DUMP, options)
+    with project.server.connect(project.database) as session:
+        yield from find_plan(project, session).describe()
 
 
 def _find_level(codec: Codec | None, wanted: int | None) -> int:
@@ -83,62 +82,61 @@ def _find_level(codec: Codec | None, wanted: int | None) -> int:
 
 
 def _write(
-    project: Project,
-    run: Run,
-    tools: Tools,
-    session: Session,
-    snapshot: str,
-    storage: Storage,
-    key: str,
-    codec: Codec | None,
-    level: int,
-    excluded: tuple[Relation, ...],
-) -> tuple[int, Digest]:
-    """Write the dump and its manifest, and commit both. An exception anywhere leaves nothing that is listed."""
-    shape = catalogue.shape(session)
-    report = Reporter(project, run, shape.size)
+    project: Project, run: Run, source: Source, storage: Storage, key: str, codec: Codec | None, level: int
+) -> tuple[int, int]:
+    """Write the dump, its parts and its manifest, and commit all. An exception anywhere leaves nothing that is listed.
+
+    Returns:
+        Bytes before and after compression.
+    """
+    report = Reporter(project, run, source.shape.size)
+    exporter = source.export()
+    done: list[Part] = []
     manifest = None
+
+    def dump_part(number: int, chunk: Chunk, workers: Crew) -> None:
+        done.append(parts.dump_part(exporter, storage, key, number, chunk, codec, level, report, workers))
+
+    tasks = [functools.partial(dump_part, number, chunk) for number, chunk in enumerate(source.plan.chunks, 1)]
     try:
-        with streams.store(storage, key, shape.size) as stored:
-            with streams.encode(stored, codec, level) as sink:
-                with process.pg_dump(
-                    tools,
-                    project.server.conninfo(project.database),
-                    snapshot=snapshot,
-                    excluded=[relation.pattern for relation in excluded],
-                    encoding=shape.encoding,
-                    lock_timeout=project.options.lock_timeout,
-                ) as output:
-                    while block := output.read(BLOCK):
-                        sink.write(block)
-                        report(sink.raw_size)
-            manifest = _describe(project, tools, session, key, codec, excluded, sink.raw_size, stored.digest)
+        with streams.store(storage, key, source.shape.size) as stored:
+            with crew(tasks, project.options.jobs - 1) as workers:
+                with streams.encode(stored, codec, level) as sink:
+                    with source.pg_dump() as child, workers.ending(child.terminate):
+                        while block := child.stdout.read(BLOCK):
+                            sink.write(block)
+                            report(len(block))
+                workers.hire()
+                workers.wait(lambda: report(0))
+            manifest = _describe(
+                project, source, key, codec, sink.raw_size, stored.digest, sorted(done, key=lambda part: part.number)
+            )
+            archive.check_parts(storage, key, manifest.parts)
             archive.write_manifest(storage, manifest)
     except BaseException:
-        if manifest:
-            archive.discard_manifest(storage, manifest)
+        archive.discard(storage, key, done, manifest)
         raise
     for foreign in manifest.foreign_keys:
         log.warning("foreign_key_dangles", foreign_key=str(foreign))
-    return sink.raw_size, stored.digest
+    raw = manifest.raw_size + sum(part.raw_size for part in manifest.parts)
+    return raw, manifest.stored_size + sum(part.stored_size for part in manifest.parts)
 
 
 def _describe(
     project: Project,
-    tools: Tools,
-    session: Session,
+    source: Source,
     key: str,
     codec: Codec | None,
-    excluded: tuple[Relation, ...],
     raw_size: int,
     stored: Digest,
+    parts: Sequence[Part],
 ) -> Manifest:
-    shape = catalogue.shape(session)
+    session, excluded, shape = source.session, source.excluded, source.shape
     return Manifest(
         key=key,
         created=datetime.now(timezone.utc).isoformat(),
         pgclone=version("pgclone"),
-        pg_dump=tools.text,
+        pg_dump=source.tools.text,
         server=catalogue.server_version(session),
         codecs=(codec.name,) if codec else (),
         raw_size=raw_size,
@@ -151,21 +149,6 @@ def _describe(
         migrations=catalogue.migrations(session),
         tables=catalogue.tables(session, excluded),
         foreign_keys=catalogue.dangling_foreign_keys(session, excluded),
+        parts=tuple(parts),
         plugins={plugin.name: plugin.version for plugin in project.host.plugins},
     )
-
-
-@contextlib.contextmanager
-def _snapshot(session: Session) -> Iterator[str]:
-    """Export the snapshot of a transaction that stays open for the time of the block. Gives its name."""
-    with session.transaction("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"):
-        yield session.value("SELECT pg_export_snapshot()")
-
-
-def _require_new_enough(tools: Tools, session: Session) -> None:
-    server = catalogue.server_version(session)
-    if tools.version < session.version // 10000:
-        raise exceptions.ToolFailed(
-            f"pg_dump {tools.text} ({tools.pg_dump}) is too old for the server, which is {server}.",
-            f"Install client tools of PostgreSQL {session.version // 10000} or newer, or set PGCLONE_BIN_DIR to their folder.",
-        )

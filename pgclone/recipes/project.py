@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -145,14 +146,18 @@ def running(command: str, project: Project, key: str) -> Iterator[Run]:
 
 
 class Reporter:
-    """Tells plugins about progress, every 16 MiB."""
+    """Counts bytes, in whichever thread, and tells plugins of every 16 MiB, in the thread that it was made in."""
 
     def __init__(self, project: Project, run: Run, total: int | None) -> None:
         self._project, self._run, self._total = project, run, total
-        self._told = 0
+        self._thread = threading.current_thread()
+        self._mutex = threading.Lock()
+        self._done = self._told = 0
 
-    def __call__(self, done: int) -> None:
-        if done - self._told >= _PROGRESS_BYTES:
-            self._told = done
-            self._project.host.tell("on_event", run=self._run, event=Progress(done, self._total))
-            log.debug("progress", done=done, total=self._total)
+    def __call__(self, count: int) -> None:
+        with self._mutex:
+            self._done += count
+        if self._done - self._told >= _PROGRESS_BYTES and threading.current_thread() is self._thread:
+            self._told = self._done
+            self._project.host.tell("on_event", run=self._run, event=Progress(self._told, self._total))
+            log.debug("progress", done=self._told, total=self._total)

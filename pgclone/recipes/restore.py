@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from pgclone import archive, exceptions, keys, load, process, streams, verdict
+from pgclone import archive, exceptions, keys, load, parts, process, streams, verdict
 from pgclone.archive import Manifest
 from pgclone.conf import RESTORE, Options
 from pgclone.database import catalogue, databases, properties, rights, route
@@ -17,6 +17,7 @@ from pgclone.database.swap import check_names, swap
 from pgclone.events import log
 from pgclone.host import Storage
 from pgclone.load import Loading
+from pgclone.parts import Reader, Rows
 from pgclone.process import Tools
 from pgclone.recipes.project import (
     Project,
@@ -113,7 +114,8 @@ def _dump_build(project: Project, storage: Storage, key: str) -> Build:
     manifest = archive.read_manifest(storage, key)
     if manifest is not None:
         _check_manifest(project, tools, manifest)
-    loading = Loading(options.owner, options.acl, options.allow_errors, options.allow_missing_fk)
+        archive.check_parts(storage, key, manifest.parts)
+    loading = Loading(options.owner, options.acl, options.allow_errors, options.allow_missing_fk, options.jobs)
     foreign_keys = manifest.foreign_keys if manifest else ()
 
     def find_codec(head: bytes) -> Codec | None:
@@ -135,16 +137,30 @@ def _dump_build(project: Project, storage: Storage, key: str) -> Build:
             marker = Marker("temp", project.database, run.id)
             work = databases.create(held.session, run.id, template=options.template, like=primary)
             databases.mark(held.session, work, marker)
-            report = Reporter(project, run, manifest.raw_size if manifest else None)
-            digest = load.load(tools, project.server, work, contents, source, foreign_keys, loading, report)
-            load.prove(manifest, key, digest, source.raw_size)
+            report = Reporter(project, run, _raw_size(manifest))
+            report(source.raw_size)
+            rows = _rows_beside(held, storage, key, manifest, source.codec)
+            stream = Reader(source.read, lambda _: load.prove(manifest, key, source.drain(), source.raw_size))
+            encoding = manifest.encoding if manifest else ""
+            load.load(tools, project.server, work, contents, stream, rows, encoding, foreign_keys, loading, report)
             absent = load.absent_foreign_keys(project.server, work, foreign_keys)
             load.prove_objects(project.server, work, contents, loading, absent)
+            load.analyze(project.server, work, options.jobs)
             # Only now: the work name is this run's alone, also when another one has begun because the lock was lost.
             held.verify()
             databases.publish(held.session, work, temporary, marker)
 
     return build
+
+
+def _raw_size(manifest: Manifest | None) -> int | None:
+    return manifest.raw_size + sum(part.raw_size for part in manifest.parts) if manifest else None
+
+
+def _rows_beside(held: Lock, storage: Storage, key: str, manifest: Manifest | None, codec: Codec | None) -> list[Rows]:
+    """The parts of a dump, the largest first."""
+    ordered = sorted(manifest.parts if manifest else (), key=lambda part: -part.raw_size)
+    return [parts.stored(storage, key, part, codec, held.session) for part in ordered]
 
 
 def _unproven(key: str) -> exceptions.CorruptDump:
@@ -157,10 +173,6 @@ def _unproven(key: str) -> exceptions.CorruptDump:
 
 def _check_manifest(project: Project, tools: Tools, manifest: Manifest) -> None:
     """Refuse a dump that the tools, the plugins or the server here cannot deal with."""
-    if manifest.parts:
-        raise exceptions.NotPossible(
-            f'The dump "{manifest.key}" has parts, which this pgclone cannot read.', "Upgrade pgclone."
-        )
     if tools.version < int(manifest.pg_dump.partition(".")[0]):
         raise exceptions.ToolFailed(
             f"pg_restore {tools.text} ({tools.pg_restore}) is older than the pg_dump {manifest.pg_dump} that made the dump.",

@@ -129,6 +129,10 @@ def _copy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dump_key", nargs="?", metavar=":name", help="The database to make.")
 
 
+def _dump_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan", action="store_true", help="Show what would be dumped in parallel, and dump nothing.")
+
+
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -145,6 +149,15 @@ def _silent(call: Any) -> Any:
 
 def _ls(**options: Any) -> Iterator[str]:
     yield from pgclone.ls(**options)
+
+
+def _dump(*, plan: bool, **options: Any) -> Iterator[str]:
+    if plan:
+        from pgclone.recipes import dump
+
+        yield from dump.plan(conf.resolve(**options))
+    else:
+        pgclone.dump(**options)
 
 
 def _doctor(**options: Any) -> Iterator[str]:
@@ -188,7 +201,7 @@ _SUMMARIES = {
 }
 _ARGUMENTS = {
     "ls": _ls_arguments,
-    "dump": _no_arguments,
+    "dump": _dump_arguments,
     "restore": _no_arguments,
     "copy": _copy_arguments,
     "doctor": _no_arguments,
@@ -196,7 +209,7 @@ _ARGUMENTS = {
 }
 _CALLS: dict[str, tuple[Any, list[str]]] = {
     "ls": (_ls, [*_options(conf.LS), "instances", "databases", "configs", "local"]),
-    "dump": (_silent(pgclone.dump), _options(conf.DUMP)),
+    "dump": (_dump, [*_options(conf.DUMP), "plan"]),
     "restore": (_silent(pgclone.restore), _options(conf.RESTORE)),
     "copy": (_silent(pgclone.copy), [*_options(conf.COPY), "dump_key"]),
     "doctor": (_doctor, _options(conf.DOCTOR)),

@@ -1,0 +1,142 @@
+"""The statements that take rows out of tables and put them into others: COPY, and what its sessions need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pgclone import exceptions
+from pgclone.database.connection import Session, preamble
+from pgclone.plan import Candidate, Chunk
+
+if TYPE_CHECKING:
+    from psycopg.sql import Composable, Composed
+
+_LOCK_NOT_AVAILABLE = "55P03"
+_NO_SUCH_TABLE = ("42P01", "3F000")
+
+# As pg_dump and pg_restore set them (setup_connection, _doSetFixedOutputState): values must not change on their way.
+_FORMATS = (
+    *("SET DateStyle = ISO", "SET IntervalStyle = postgres", "SET extra_float_digits = 3", "SET array_nulls = on"),
+    *("SET standard_conforming_strings = on", "SET xmloption = content", "SET client_min_messages = warning"),
+    *("SET row_security = off", "SET synchronize_seqscans = off", "SET check_function_bodies = off"),
+)
+
+
+def limit_waits(session: Session, timeout: str) -> None:
+    """Let no statement of the transaction wait for a lock for longer than this (lock_timeout; empty: for any time)."""
+    if timeout:
+        session.execute("SELECT set_config('lock_timeout', %s, true)", [timeout])
+
+
+def lock(session: Session, tables: Sequence[Candidate], timeout: str) -> None:
+    """Lock tables as pg_dump does, so that they stay as they are until the transaction ends.
+
+    Raises:
+        ServerError: A lock was waited for longer than `timeout`, or a table has gone.
+    """
+    limit_waits(session, timeout)
+    for table in tables:
+        try:
+            session.execute(_lock(table))
+        except exceptions.ServerError as error:
+            if error.sqlstate == _LOCK_NOT_AVAILABLE:
+                raise exceptions.ServerError(
+                    f"The table {table} stays locked by another session: its lock was not to be had within {timeout}.",
+                    "Wait for what changes it (a migration?), or raise PGCLONE_LOCK_TIMEOUT.",
+                    sqlstate=error.sqlstate,
+                ) from error
+            raise _explained(error, table) from error
+
+
+def copy_out(session: Session, chunk: Chunk, snapshot: str) -> list[str]:
+    """The statements that copy a chunk to STDOUT as an exported snapshot shows it.
+
+    The lock is there already: who would have to queue for it, behind a change of the table that waits for the dump itself,
+    fails at once instead of waiting for ever.
+    """
+    from django.db.backends.postgresql.psycopg_any import sql
+
+    return [
+        *_setup(session),
+        "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
+        session.text(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot))),
+        session.text(_lock(chunk.table) + sql.SQL(" NOWAIT")),
+        session.text(_copy_out(chunk)),
+        "COMMIT",
+    ]
+
+
+def copy_in(session: Session, schema: str, name: str, columns: Sequence[str]) -> list[str]:
+    """The statements that begin a transaction and copy STDIN into a table."""
+    from django.db.backends.postgresql.psycopg_any import sql
+
+    table = sql.Identifier(schema, name)
+    statement = sql.SQL("COPY {}{} FROM STDIN").format(table, _listed(columns))
+    return [*_setup(session), "BEGIN", session.text(statement)]
+
+
+def explain(error: exceptions.PgcloneError, table: Candidate) -> exceptions.PgcloneError:
+    """What went wrong with the copying of a table, in words that name it."""
+    if isinstance(error, exceptions.ServerError):
+        return _explained(error, table)
+    return exceptions.ToolFailed(f"The rows of {table} could not be dumped: {error.cause}", error.remedy)
+
+
+def _explained(error: exceptions.ServerError, table: Candidate) -> exceptions.ServerError:
+    if error.sqlstate == _LOCK_NOT_AVAILABLE:
+        return exceptions.ServerError(
+            f"The table {table} is about to be changed by another session, which waits for this dump to end.",
+            "Let migrations and other changes of tables rest while a dump is made, and try again.",
+            sqlstate=error.sqlstate,
+        )
+    if error.sqlstate in _NO_SUCH_TABLE:
+        return exceptions.ServerError(
+            f"The table {table} was dropped or renamed while the dump began.", "Try again.", sqlstate=error.sqlstate
+        )
+    return exceptions.ServerError(
+        f"The rows of {table} could not be dumped: {error.cause}", error.remedy, sqlstate=error.sqlstate
+    )
+
+
+def _setup(session: Session) -> list[str]:
+    from django.db.backends.postgresql.psycopg_any import sql
+
+    ((role, user),) = session.execute("SELECT current_user::text, session_user::text")
+    return [
+        *([session.text(sql.SQL("SET ROLE {}").format(sql.Identifier(role)))] if role != user else []),
+        "; ".join([*preamble(session.version), *_FORMATS]),
+    ]
+
+
+def _lock(table: Candidate) -> Composed:
+    from django.db.backends.postgresql.psycopg_any import sql
+
+    name = sql.Identifier(table.schema, table.name)
+    statement: Composed = sql.SQL("LOCK TABLE ONLY {} IN ACCESS SHARE MODE").format(name)
+    return statement
+
+
+def _copy_out(chunk: Chunk) -> Composed:
+    from django.db.backends.postgresql.psycopg_any import sql
+
+    table = sql.Identifier(chunk.table.schema, chunk.table.name)
+    whole: Composed = sql.SQL("COPY {}{} TO STDOUT").format(table, _listed(chunk.table.columns))
+    if chunk.first is None and chunk.end is None:
+        return whole
+    columns = sql.SQL(", ").join(map(sql.Identifier, chunk.table.columns))
+    bounds = [("ctid >= {}", chunk.first), ("ctid < {}", chunk.end)]
+    where = sql.SQL(" AND ").join(
+        sql.SQL(bound).format(sql.Literal(f"({block},0)")) for bound, block in bounds if block is not None
+    )
+    piece: Composed = sql.SQL("COPY (SELECT {} FROM ONLY {} WHERE {}) TO STDOUT").format(columns, table, where)
+    return piece
+
+
+def _listed(columns: Sequence[str]) -> Composable:
+    """A list of columns as COPY takes it; nothing for a table that has none."""
+    from django.db.backends.postgresql.psycopg_any import sql
+
+    names = sql.SQL(", ").join(map(sql.Identifier, columns))
+    listed: Composable = sql.SQL(" ({})").format(names) if columns else sql.SQL("")
+    return listed
