@@ -208,7 +208,7 @@ class Options:
         in_config=False,
     )
     strategy: str = _option(
-        "The server's strategy for copies: wal_log or file_copy (default: the server's own).",
+        "How the server copies: wal_log or file_copy (default: the faster for the size, cloning files where it can).",
         "",
         flags=("--strategy",),
         on=(RESTORE, COPY),

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import pgclone
 from pgclone import exceptions
-from pgclone.database.connection import Server, find_server
+from pgclone.database import databases
+from pgclone.database.connection import Server, Session, find_server
 from pgclone.testing import postgres as private
+from tests.fixtures import POSTGRES_15, World, start
 from tests.project import Project, open_project
 
 
@@ -61,8 +70,6 @@ def test_a_new_copy_takes_the_place_of_an_older_one(app: Project) -> None:
 
 
 def test_an_older_copy_stays_when_the_new_one_fails(app: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pgclone.database import databases
-
     pgclone.copy(":mine")
     older = oid(app, "mine")
     with monkeypatch.context() as patched:
@@ -154,10 +161,157 @@ def test_a_database_of_the_project_is_never_replaced(app: Project) -> None:
     assert oid(app, "reports") == reports
 
 
-@pytest.mark.parametrize("strategy", ["wal_log", "file_copy"])
-def test_the_strategy_is_the_callers_choice(app: Project, strategy: str) -> None:
-    pgclone.copy(":mine", strategy=strategy)
+class Attempts(list[tuple[str, str | None]]):
+    """The strategy and the server's file_copy_method of each copy that it was told to make."""
+
+    first_meets: BaseException | None = None
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> Attempts:
+    attempts, execute = Attempts(), Session.execute
+
+    def watched(session: Session, query: Any, params: Any = None) -> list[Any]:
+        text = query if isinstance(query, str) else query.as_string(session._connection)
+        if text.startswith('CREATE DATABASE "pgclone_work_'):
+            strategy = re.search(r"STRATEGY '(\w+)'", text)
+            method = execute(session, "SELECT current_setting('file_copy_method', true)")[0][0]
+            attempts.append((strategy[1] if strategy else "", method))
+            if attempts.first_meets and len(attempts) == 1:
+                raise attempts.first_meets
+        return execute(session, query, params)
+
+    monkeypatch.setattr(Session, "execute", watched)
+    return attempts
+
+
+@pytest.fixture
+def big(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every database is a big one."""
+    monkeypatch.setattr(databases, "_WORTH_A_CHECKPOINT", 0)
+
+
+def copy_source(world: World, user: str = "postgres") -> None:
+    alias = world.alias("source", user=user)
+    with alias.connect() as session:
+        databases.copy(alias, session, "0123456789ab", source="source")
+
+
+def events(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.event for record in caplog.records]  # type: ignore[attr-defined]
+
+
+def wal_of_a_copy(app: Project) -> int:
+    """How many bytes a copy writes to the server's WAL."""
+    begin = app.sql("SELECT pg_current_wal_lsn()")
+    pgclone.copy(":mine")
+    return int(app.sql(f"SELECT pg_current_wal_lsn() - '{begin}'::pg_lsn"))
+
+
+def test_a_small_database_is_copied_through_the_wal(app: Project, attempts: Attempts) -> None:
+    assert wal_of_a_copy(app) > 2_000_000
+    assert attempts == [("wal_log", "copy")]
+
+
+@pytest.mark.usefixtures("big")
+def test_the_files_of_a_big_database_are_cloned(app: Project, attempts: Attempts) -> None:
+    assert wal_of_a_copy(app) < 2_000_000
+    assert attempts == [("file_copy", "clone")]
     assert app.digest("mine") == app.digest()
+
+
+@pytest.mark.usefixtures("big")
+@pytest.mark.parametrize("version", [17, *([15] if POSTGRES_15.exists() else [])])
+def test_the_files_of_a_big_database_are_copied_where_the_server_cannot_clone(
+    worlds: Callable[[int], World], version: int, attempts: Attempts
+) -> None:
+    world = worlds(version)
+    world.create("source")
+    copy_source(world)
+    assert attempts == [("file_copy", None)]
+
+
+@pytest.mark.usefixtures("big")
+def test_before_postgresql_15_there_is_nothing_to_choose(
+    world: World, attempts: Attempts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "version", 140000)
+    world.create("source")
+    copy_source(world)
+    assert attempts == [("", "copy")]
+
+
+@pytest.mark.usefixtures("big")
+def test_the_server_chooses_where_the_role_may_not_see_the_size(world: World, attempts: Attempts) -> None:
+    owner = world.role("pgclone_owner", "CREATEDB")
+    world.create("source", options=f"OWNER {owner}")
+    world.sql(f"REVOKE CONNECT ON DATABASE source FROM public, {owner}")
+    copy_source(world, owner)
+    assert attempts == [("", "copy")]
+
+
+@pytest.mark.usefixtures("big")
+@pytest.mark.parametrize("strategy", ["wal_log", "file_copy"])
+def test_the_strategy_is_the_callers_choice(app: Project, attempts: Attempts, strategy: str) -> None:
+    pgclone.copy(":mine", strategy=strategy)
+    assert attempts == [(strategy, "copy")]
+    assert app.digest("mine") == app.digest()
+
+
+@pytest.mark.usefixtures("big")
+def test_the_method_of_the_callers_strategy_is_the_servers_choice(app: Project, attempts: Attempts) -> None:
+    app.database["OPTIONS"] = {"options": "-c file_copy_method=clone"}
+    try:
+        with app.here():
+            pgclone.copy(":mine", strategy="file_copy")
+    finally:
+        app.database.clear()
+    assert attempts == [("file_copy", "clone")]
+
+
+@pytest.mark.usefixtures("big")
+@pytest.mark.parametrize("sqlstate", ["XX000", "58030", "42501"])  # of EXDEV or EOPNOTSUPP, EIO, EPERM
+def test_what_cannot_be_cloned_is_copied(
+    world: World, attempts: Attempts, caplog: pytest.LogCaptureFixture, sqlstate: str
+) -> None:
+    caplog.set_level(logging.DEBUG, "pgclone")
+    attempts.first_meets = exceptions.ServerError("could not clone file", sqlstate=sqlstate)
+    world.create("source")
+    copy_source(world)
+    assert attempts == [("file_copy", "clone"), ("file_copy", "copy")]
+    assert events(caplog) == ["copying", "clone_not_possible", "copying"]
+
+
+@pytest.mark.usefixtures("big")
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="a call of Linux is replaced, in C")
+def test_a_file_system_that_cannot_clone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "pgclone")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # the server may be another user's
+        code = "#include <errno.h>\nlong copy_file_range(void) { errno = EOPNOTSUPP; return -1; }"
+        library = f"{folder}/unable.so"
+        subprocess.run(["cc", "-shared", "-fPIC", "-xc", "-", "-o", library], input=code, text=True, check=True)
+        monkeypatch.setenv("LD_PRELOAD", library)
+        with start() as server:
+            world = World(server)
+            world.create("source")
+            copy_source(world)
+            assert events(caplog) == ["copying", "clone_not_possible", "copying"]
+            world.clear()
+
+
+@pytest.mark.usefixtures("big")
+@pytest.mark.parametrize("end", [None, exceptions.ServerError("disk full", sqlstate="53100"), KeyboardInterrupt()])
+def test_a_session_clones_for_one_statement_however_that_ends(
+    world: World, attempts: Attempts, end: BaseException | None
+) -> None:
+    attempts.first_meets = end
+    world.create("source")
+    with world.alias("source").connect() as session:
+        with contextlib.suppress(exceptions.ServerError, KeyboardInterrupt):
+            databases.copy(world.alias("source"), session, "0123456789ab", source="source")
+        assert attempts == [("file_copy", "clone")]
+        assert session.value("SHOW file_copy_method") == "copy"
 
 
 def test_an_unknown_strategy_is_refused(app: Project) -> None:
