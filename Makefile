@@ -27,8 +27,9 @@ check: $(venv)/.develop  ## Check format, style, types and imports
 	$(bin)/mypy
 	$(bin)/lint-imports
 
-bench: $(venv)/.develop  ## Measure how long a swap keeps clients waiting
-	@$(bin)/python benchmarks/swap_gap.py $(ARGS)
+bench: $(venv)/.develop  ## Measure pgclone beside other tools (ARGS="--only dump"), and how long a swap keeps clients waiting
+	@$(bin)/python benchmarks/compare.py $(ARGS)
+	@$(bin)/python benchmarks/swap_gap.py
 
 clean:  ## Remove the virtual environment, caches and what the demo left to look at
 	rm -rf $(venv) .demo .bench .tox build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
