@@ -132,7 +132,7 @@ class Options:
         "How dumps are compressed: zstd, none, or what a plugin adds.", "zstd", flags=("--codec",), on=(DUMP,)
     )
     level: int | None = _option(
-        "The codec's level (default: the codec's own, 3 for zstd).",
+        "The codec's level (default: the codec's own, 2 for zstd).",
         None,
         type=int,
         flags=("--level",),

@@ -86,11 +86,33 @@ def test_what_a_dead_writer_left_goes_with_the_next_write(
     storage: Storage, folder: Path, start_writer: Callable[[str], subprocess.Popen[str]]
 ) -> None:
     with start_writer(KEY) as process:
+        put(storage, f"{KEY}.parts/00001", b"rows")
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert len(names(folder)) == 2
+    assert len(names(folder)) == 3
     put(storage, "other", b"")
     assert names(folder) == ["other"]
+
+
+def test_the_parts_of_a_living_writer_and_of_a_complete_dump_stay(
+    storage: Storage, folder: Path, start_writer: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    with start_writer(KEY) as process:
+        put(storage, f"{KEY}.parts/00001", b"rows")
+        put(storage, "other", b"")
+        assert f"{KEY}.parts/00001" in keys(storage)
+    assert process.returncode == 0
+    put(storage, "another", b"")
+    assert f"{KEY}.parts/00001" in keys(storage)
+
+
+def test_the_folder_of_parts_goes_with_the_last_one(storage: Storage, folder: Path) -> None:
+    for number in (1, 2):
+        put(storage, f"{KEY}.parts/0000{number}", b"rows")
+    storage.delete(location=storage.location, key=f"{KEY}.parts/00001")
+    assert keys(storage) == [f"{KEY}.parts/00002"]
+    storage.delete(location=storage.location, key=f"{KEY}.parts/00002")
+    assert not [*folder.rglob("*.parts")]
 
 
 def test_a_writer_that_died_between_its_commit_and_its_end_leaves_a_whole_dump(storage: Storage, folder: Path) -> None:

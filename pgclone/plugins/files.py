@@ -19,6 +19,7 @@ from typing import BinaryIO, Literal
 from pgclone.api import Entry, KeyNotFound, Location, StorageError, hookimpl
 
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.partial", re.DOTALL)
+_PARTS = ".parts"
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
@@ -41,10 +42,14 @@ def list_keys(location: Location, prefix: str) -> Iterator[Entry] | None:
 def delete_key(location: Location, key: str) -> bool | None:
     if location.scheme not in ("", "file"):
         return None
+    path = Path(location.prefix) / key
     try:
-        (Path(location.prefix) / key).unlink()
+        path.unlink()
     except _MISSING:
         return False
+    if path.parent.name.endswith(_PARTS):
+        with contextlib.suppress(OSError):  # there are more
+            path.parent.rmdir()
     return True
 
 
@@ -54,25 +59,27 @@ def _walk(root: Path, prefix: str) -> Iterator[Entry]:
         if not isinstance(error, _MISSING) or (root.exists() and not root.is_dir()):
             raise error
 
-    for path in _files(root / prefix.rpartition("/")[0], fail):
-        key = path.relative_to(root).as_posix()
-        if key.startswith(prefix) and not _PARTIAL.fullmatch(path.name):
+    # Strings: a thousand objects of pathlib take as long as all the rest.
+    above = os.path.join(root, "")  # noqa: PTH118
+    for name in _files(root / prefix.rpartition("/")[0], fail):
+        key = name.removeprefix(above).replace(os.sep, "/")
+        if key.startswith(prefix) and not _PARTIAL.fullmatch(os.path.basename(name)):  # noqa: PTH119
             with contextlib.suppress(FileNotFoundError):
-                stat = path.stat()
+                stat = os.stat(name)  # noqa: PTH116
                 yield Entry(key, stat.st_size, datetime.fromtimestamp(stat.st_mtime, timezone.utc))
 
 
-def _files(root: Path, fail: Callable[[OSError], None] | None = None) -> Iterator[Path]:
+def _files(root: Path, fail: Callable[[OSError], None] | None = None) -> Iterator[str]:
     """All files below a folder, those in linked folders too. `fail` is told about folders that cannot be read."""
     seen: set[tuple[int, int]] = set()
     for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
         with contextlib.suppress(FileNotFoundError):
-            identity = Path(folder).stat()
+            identity = os.stat(folder)  # noqa: PTH116
             if (identity.st_dev, identity.st_ino) in seen:  # a link that leads round in a circle
                 folders.clear()
                 continue
             seen.add((identity.st_dev, identity.st_ino))
-        yield from (Path(folder, name) for name in names)
+        yield from (os.path.join(folder, name) for name in names)  # noqa: PTH118
 
 
 @contextlib.contextmanager
@@ -135,8 +142,8 @@ def _make_folders(folder: Path) -> None:
 
 
 def _remove_left_overs(root: Path) -> None:
-    """Remove the partial files that no living writer locks, and the manifests of dumps they were to become."""
-    for partial in _files(root):
+    """Remove the partial files that no living writer locks, and the manifests and parts of dumps they were to become."""
+    for partial in map(Path, _files(root)):
         match = _PARTIAL.fullmatch(partial.name)
         if match is None:
             continue  # another program's
@@ -145,7 +152,15 @@ def _remove_left_overs(root: Path) -> None:
             final = partial.with_name(match["name"])
             if not final.exists():
                 final.with_name(f"{final.name}.json").unlink(missing_ok=True)
+                _remove_parts(final.with_name(f"{final.name}{_PARTS}"))
             partial.unlink(missing_ok=True)
+
+
+def _remove_parts(folder: Path) -> None:
+    for part in [*folder.glob("[0-9]*")]:
+        part.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # there is none, or something else is in it
+        folder.rmdir()
 
 
 def _sync(folder: Path) -> None:

