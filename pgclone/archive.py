@@ -52,7 +52,7 @@ class ForeignKey:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the dump, with what the catalogue said of it: estimated rows, and bytes with indexes."""
+    """A table of the dump, with what the catalogue said of it: estimated rows, and bytes without indexes."""
 
     name: str
     rows: int

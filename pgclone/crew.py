@@ -34,16 +34,12 @@ class Crew:
     def hire(self, count: int = 1) -> None:
         """Let this many more threads work."""
         for _ in range(min(count, len(self._tasks))):
-            worker = threading.Thread(target=self._work, name=f"pgclone-{len(self._workers) + 1}", daemon=True)
-            with self._changed:
-                self._working += 1
-            self._workers.append(worker)
-            try:
-                worker.start()
-            except BaseException:  # the system has no more threads, or a signal came
-                if worker.ident is None:
-                    self._leave()
-                raise
+            self._start(self._next)
+
+    def begin(self, task: Task) -> None:
+        """Let one more thread do this task alone, at once."""
+        alone = iter([task])
+        self._start(lambda: next(alone, None))
 
     def check(self) -> None:
         """For tasks, before each step that takes time or cannot be taken back.
@@ -101,9 +97,25 @@ class Crew:
             for end in self._enders:
                 end()
 
-    def _work(self) -> None:
+    def _start(self, tasks: Callable[[], Task | None]) -> None:
+        worker = threading.Thread(
+            target=self._work, args=[tasks], name=f"pgclone-{len(self._workers) + 1}", daemon=True
+        )
+        with self._changed:
+            self._working += 1
         try:
-            while (task := self._next()) is not None:
+            worker.start()
+        except BaseException:  # the system has no more threads, or a signal came
+            if worker.ident is None:
+                self._leave()
+            raise
+        finally:
+            if worker.ident is not None:
+                self._workers.append(worker)
+
+    def _work(self, tasks: Callable[[], Task | None]) -> None:
+        try:
+            while (task := tasks()) is not None:
                 task(self)
         except BaseException as error:  # noqa: BLE001  for the thread that waits
             with self._changed:

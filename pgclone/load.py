@@ -11,7 +11,7 @@ import functools
 import re
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from pgclone.events import log
 from pgclone.parts import Progress, Reader, Rows
 from pgclone.process import Child, Tools
 from pgclone.streams import BLOCK, Digest
-from pgclone.toc import Contents, Readable
+from pgclone.toc import Contents
 
 _FOREIGN_KEY_VIOLATION = "23503"
 _NOT_VALID_ON_PARTITIONED = 180000
@@ -42,7 +42,7 @@ class Loading:
 
 
 @contextlib.contextmanager
-def open_archive(tools: Tools, source: Readable) -> Iterator[Contents]:
+def open_archive(tools: Tools, read: Callable[[int], bytes]) -> Iterator[Contents]:
     """Read the head of a dump, keep it in a temporary file for the time of the block.
 
     Raises:
@@ -52,7 +52,7 @@ def open_archive(tools: Tools, source: Readable) -> Iterator[Contents]:
     with contextlib.ExitStack() as stack:
         try:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pgclone-"))
-            contents = toc.read_contents(tools, source, Path(folder))
+            contents = toc.read_contents(tools, read, Path(folder))
         except OSError as error:
             raise exceptions.RuntimeError(
                 f"The head of the dump could not be kept in {tempfile.gettempdir()}: {error.strerror}.",

@@ -46,10 +46,16 @@ class Exporter:
 
 
 def export(
-    tools: Tools, conninfo: Conninfo, session: Session, encoding: str, chunks: Sequence[Chunk], snapshot: str
+    tools: Tools,
+    conninfo: Conninfo,
+    session: Session,
+    encoding: str,
+    chunks: Sequence[Chunk],
+    snapshot: str,
+    lock_timeout: str,
 ) -> Exporter:
     """An exporter for these chunks."""
-    prepared = {chunk: statements.copy_out(session, chunk, snapshot) for chunk in chunks}
+    prepared = {chunk: statements.copy_out(session, chunk, snapshot, lock_timeout) for chunk in chunks}
     return Exporter(tools, conninfo, encoding, prepared)
 
 
@@ -68,7 +74,7 @@ def dump_part(
     count = 0
     with streams.store(storage, part_key(key, number), chunk.bytes) as stored:
         with streams.encode(stored, codec, level) as sink, exporter.copy(chunk, crew) as child:
-            while block := child.stdout.read(BLOCK):
+            while block := child.read(BLOCK):
                 crew.check()
                 sink.write(block)
                 count += block.count(b"\n")
@@ -129,7 +135,7 @@ def exported(exporter: Exporter, chunk: Chunk, session: Session) -> Rows:
     def open_chunk(crew: Crew) -> Iterator[Reader]:
         with contextlib.ExitStack() as stack:
             child = stack.enter_context(exporter.copy(chunk, crew))
-            yield Reader(lambda: child.stdout.read(BLOCK), lambda count: stack.close())
+            yield Reader(lambda: child.read(BLOCK), lambda count: stack.close())
 
     table = chunk.table
     return Rows(str(table), statements.copy_in(session, table.schema, table.name, table.columns), open_chunk)

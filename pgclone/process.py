@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import fcntl
+import io
 import os
 import re
 import shutil
@@ -75,6 +76,11 @@ class Child:
     def stdout(self) -> IO[bytes]:
         assert self._process.stdout is not None
         return self._process.stdout
+
+    def read(self, size: int) -> bytes:
+        """What it has written to its standard output, up to `size` bytes; none at the end."""
+        assert isinstance(self.stdout, io.BufferedReader)
+        return self.stdout.read1(size)
 
     def wait(self) -> int:
         """Wait for its end and return its exit status; a negative one is the signal that killed it."""

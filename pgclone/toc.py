@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from pgclone import exceptions, process
 from pgclone.archive import ForeignKey
@@ -30,12 +29,6 @@ _PROVEN = (
     "CHECK CONSTRAINT",
     "TRIGGER",
 )
-
-
-class Readable(Protocol):
-    """What an archive is read from."""
-
-    def read(self, size: int, /) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ class Contents:
         return match[1] if match else ""
 
 
-def read_contents(tools: Tools, source: Readable, folder: Path) -> Contents:
+def read_contents(tools: Tools, read: Callable[[int], bytes], folder: Path) -> Contents:
     """Read as much of a dump as holds its table of contents, into a file in `folder`.
 
     Raises:
@@ -83,7 +76,7 @@ def read_contents(tools: Tools, source: Readable, folder: Path) -> Contents:
         while file.tell() < _MOST_BYTES:
             ended = False
             while file.tell() < wanted and not ended:
-                block = source.read(min(wanted - file.tell(), _FIRST_BYTES))
+                block = read(min(wanted - file.tell(), _FIRST_BYTES))
                 if file.tell() == 0 and not block.startswith(MAGIC[: len(block)]):
                     raise exceptions.CorruptDump("This is no custom-format archive of pg_dump.", "Check the key.")
                 file.write(block)

@@ -9,16 +9,24 @@ from dataclasses import dataclass
 from pgclone import exceptions
 from pgclone.archive import ForeignKey, Table
 from pgclone.database.connection import Session
-from pgclone.plan import Candidate, Relation
+from pgclone.plan import LARGE, Candidate, Relation
 
 _ORDINARY = "n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'"
 _NOT_OF_EXTENSION = """NOT EXISTS (SELECT FROM pg_depend e WHERE e.deptype = 'e' AND e.objid = c.oid
                                    AND e.classid = 'pg_class'::regclass)"""
 
-# The server's functions for sizes lock what they look at: of a table that somebody changes at this moment, the estimate must do.
-_LOCKED = """(SELECT relation FROM pg_locks WHERE locktype = 'relation' AND mode = 'AccessExclusiveLock'
-              AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"""
-_ESTIMATE = "c.relpages::bigint * current_setting('block_size')::int"
+# The server's functions for sizes open what they look at: they wait while somebody changes it, and with ten thousand tables that
+# takes as long as a fifth of the dump. So they are asked about what the estimates of VACUUM and ANALYZE call large, or not know.
+_CHANGING = """c.oid IN (SELECT relation FROM pg_locks WHERE locktype = 'relation' AND mode = 'AccessExclusiveLock'
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))"""
+_BLOCK = "current_setting('block_size')::bigint"
+_HEAP = f"CASE WHEN {_CHANGING} THEN c.relpages * {_BLOCK} ELSE coalesce(pg_relation_size(c.oid), 0) END"
+_ESTIMATE = f"(c.relpages + coalesce((SELECT t.relpages FROM pg_class t WHERE t.oid = c.reltoastrelid), 0)) * {_BLOCK}"
+_IS_KNOWN = """c.reltuples > 0 AND coalesce((SELECT t.reltuples >= 0 AND (t.relpages > 0
+    OR current_setting('server_version_num')::int >= 140000) FROM pg_class t WHERE t.oid = c.reltoastrelid), true)"""
+_BYTES = f"""CASE WHEN {_CHANGING} OR ({_IS_KNOWN} AND {_ESTIMATE} < {LARGE} / 4) THEN {_ESTIMATE}
+    ELSE coalesce(pg_relation_size(c.oid), 0) +
+        CASE c.reltoastrelid WHEN 0 THEN 0 ELSE coalesce(pg_relation_size(c.reltoastrelid), 0) END END"""
 
 
 @dataclass(frozen=True)
@@ -73,46 +81,55 @@ def tables(session: Session, excluded: Sequence[Relation]) -> tuple[Table, ...]:
     """The tables and materialized views that pg_dump dumps, with estimates of their rows and bytes."""
     rows = session.execute(
         f"""SELECT format('%s.%s', n.nspname, c.relname), greatest(c.reltuples, 0)::bigint,
-            CASE WHEN c.oid IN {_LOCKED} THEN {_ESTIMATE} ELSE pg_total_relation_size(c.oid) END, c.oid
+            CASE c.relkind WHEN 'p' THEN 0 ELSE {_BYTES} END, c.oid
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE c.relkind IN ('r', 'p', 'm') AND {_ORDINARY} AND {_NOT_OF_EXTENSION} ORDER BY n.nspname, c.relname"""
     )
     oids = {relation.oid for relation in excluded}
-    return tuple(Table(name, count, size or 0, oid in oids) for name, count, size, oid in rows)
+    return tuple(Table(name, count, size, oid in oids) for name, count, size, oid in rows)
 
 
-def candidates(session: Session, excluded: Sequence[Relation], least: int) -> tuple[tuple[Candidate, ...], int]:
-    """The tables of at least `least` bytes that COPY can dump and load like pg_dump does, and the bytes of all tables.
-
-    Those are ordinary tables that no extension owns. pg_dump keeps what it treats in a way of its own: unlogged tables, which
-    a standby cannot read, and leaves of tables that are partitioned by the hash of an enum, whose rows can only be loaded
-    through the root, as they hash differently in another database.
-    """
+def sizes(session: Session, excluded: Sequence[Relation]) -> dict[int, int]:
+    """The bytes of all tables whose rows are dumped, by their OIDs, without waiting for any lock."""
     rows = session.execute(
-        f"""SELECT c.oid, CASE WHEN c.oid IN {_LOCKED} THEN {_ESTIMATE} ELSE coalesce(pg_table_size(c.oid), 0) END,
-            c.relpersistence = 'p' AND c.relam = (SELECT oid FROM pg_am WHERE amname = 'heap')
-            AND NOT (c.relispartition AND EXISTS (
-                SELECT FROM pg_partition_ancestors(c.oid) r JOIN pg_partitioned_table p ON p.partrelid = r.relid
-                JOIN pg_opclass o ON o.oid = ANY(p.partclass) WHERE p.partstrat = 'h' AND o.opcname = 'enum_ops'))
-        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        f"""SELECT c.oid, {_BYTES} FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE c.relkind = 'r' AND {_ORDINARY} AND {_NOT_OF_EXTENSION} AND NOT c.oid = ANY(%s::oid[])""",
         [[relation.oid for relation in excluded]],
     )
-    sizes = {oid: size for oid, size, fits in rows if fits and size >= least}
-    tables = session.execute(
+    return dict(rows)
+
+
+def candidates(session: Session, sizes: Mapping[int, int]) -> tuple[Candidate, ...]:
+    """Those of the tables that COPY can dump and load as pg_dump does.
+
+    pg_dump keeps what it treats in a way of its own: unlogged tables, which a standby cannot read, and leaves of tables that are
+    partitioned by the hash of an enum, whose rows can only be loaded through the root, as they hash differently in another
+    database.
+    """
+    rows = session.execute(
         f"""SELECT c.oid, n.nspname::text, c.relname::text,
             ARRAY(SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0
                   AND NOT a.attisdropped AND a.attgenerated = '' ORDER BY a.attnum),
-            CASE WHEN c.oid IN {_LOCKED} THEN c.relpages
-                 ELSE coalesce(pg_relation_size(c.oid), 0) / current_setting('block_size')::int END
-        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = ANY(%s::oid[])""",
+            {_HEAP} / {_BLOCK}
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_am m ON m.oid = c.relam AND m.amname = 'heap'
+        WHERE c.oid = ANY(%s::oid[]) AND c.relpersistence = 'p' AND NOT EXISTS (
+            SELECT FROM pg_partition_ancestors(c.oid) r JOIN pg_partitioned_table p ON p.partrelid = r.relid
+            JOIN pg_opclass o ON o.oid = ANY(p.partclass) WHERE p.partstrat = 'h' AND o.opcname = 'enum_ops')""",
         [list(sizes)],
     )
-    found = tuple(
-        Candidate(oid, schema, name, tuple(columns), sizes[oid], blocks)
-        for oid, schema, name, columns, blocks in tables
+    return tuple(
+        Candidate(oid, schema, name, tuple(columns), sizes[oid], blocks) for oid, schema, name, columns, blocks in rows
     )
-    return found, sum(size for _, size, _ in rows)
+
+
+def locked(session: Session) -> set[int]:
+    """The OIDs of the tables that this session has locked."""
+    return {
+        oid
+        for (oid,) in session.execute(
+            "SELECT relation::oid FROM pg_locks WHERE locktype = 'relation' AND granted AND pid = pg_backend_pid()"
+        )
+    }
 
 
 def analyzable(session: Session) -> list[Relation]:

@@ -181,11 +181,12 @@ class Server:
             raise
         return session
 
-    def conninfo(self, database: str, *, options: str = "") -> Conninfo:
+    def conninfo(self, database: str, *, options: str = "", application: str = "") -> Conninfo:
         """The conninfo string of `database` for a client tool, from all OPTIONS that libpq knows.
 
         Args:
             options: Command-line options for the server session (`-c name=value …`), beside the project's own.
+            application: Its application_name; empty for the project's or the tool's own.
         """
         given: dict[str, Any] = {k: v for k, v in self.settings["OPTIONS"].items() if k not in _NOT_LIBPQ}
         secrets = {"PGPASSWORD": self.settings["PASSWORD"] or given.pop("password", None)}
@@ -199,6 +200,7 @@ class Server:
         for key in ("user", "host", "port"):
             given[key] = self.settings[key.upper()] or given.get(key)
         given["dbname"] = database
+        given["application_name"] = application or given.get("application_name")
         given["options"] = " ".join(
             filter(None, [str(given.get("options") or os.environ.get("PGOPTIONS", "")), options])
         )

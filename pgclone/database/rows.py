@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from psycopg.sql import Composable, Composed
 
 _LOCK_NOT_AVAILABLE = "55P03"
+_LET_REST = "Let migrations and other changes of tables rest while a dump is made, and try again."
 _NO_SUCH_TABLE = ("42P01", "3F000")
 
 # As pg_dump and pg_restore set them (setup_connection, _doSetFixedOutputState): values must not change on their way.
@@ -24,9 +25,14 @@ _FORMATS = (
 
 
 def limit_waits(session: Session, timeout: str) -> None:
-    """Let no statement of the transaction wait for a lock for longer than this (lock_timeout; empty: for any time)."""
+    """Let no statement of the transaction wait for a lock for longer than this (lock_timeout; empty: for any time).
+
+    Takes no snapshot, as a SELECT would.
+    """
+    from django.db.backends.postgresql.psycopg_any import sql
+
     if timeout:
-        session.execute("SELECT set_config('lock_timeout', %s, true)", [timeout])
+        session.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(timeout)))
 
 
 def lock(session: Session, tables: Sequence[Candidate], timeout: str) -> None:
@@ -49,7 +55,7 @@ def lock(session: Session, tables: Sequence[Candidate], timeout: str) -> None:
             raise _explained(error, table) from error
 
 
-def copy_out(session: Session, chunk: Chunk, snapshot: str) -> list[str]:
+def copy_out(session: Session, chunk: Chunk, snapshot: str, timeout: str) -> list[str]:
     """The statements that copy a chunk to STDOUT as an exported snapshot shows it.
 
     The lock is there already: who would have to queue for it, behind a change of the table that waits for the dump itself,
@@ -59,6 +65,7 @@ def copy_out(session: Session, chunk: Chunk, snapshot: str) -> list[str]:
 
     return [
         *_setup(session),
+        *([session.text(sql.SQL("SET lock_timeout = {}").format(sql.Literal(timeout)))] if timeout else []),
         "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
         session.text(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot))),
         session.text(_lock(chunk.table) + sql.SQL(" NOWAIT")),
@@ -76,6 +83,38 @@ def copy_in(session: Session, schema: str, name: str, columns: Sequence[str]) ->
     return [*_setup(session), "BEGIN", session.text(statement)]
 
 
+def refuse_deadlock(session: Session, application: str) -> None:
+    """Find out whether somebody waits for the locks of this session, and has what another one of ours waits for.
+
+    The server does not see that as a deadlock, as this session is idle.
+
+    Args:
+        application: The application_name of the other session.
+
+    Raises:
+        ServerError: So it is.
+    """
+    session.execute("SELECT pg_stat_clear_snapshot()")  # pg_stat_activity stays as it is for a transaction otherwise
+    rows = session.execute(
+        """WITH waiting AS MATERIALIZED (
+            SELECT pid, application_name, pg_blocking_pids(pid) AS blockers FROM pg_stat_activity
+            WHERE datname = current_database() AND wait_event_type = 'Lock')
+        SELECT other.pid, format('%%s.%%s', n.nspname, c.relname)
+        FROM waiting ours JOIN waiting other ON other.pid = ANY(ours.blockers)
+        JOIN pg_locks l ON l.pid = other.pid AND NOT l.granted JOIN pg_class c ON c.oid = l.relation
+        JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE ours.application_name = %s AND pg_backend_pid() = ANY(other.blockers)""",
+        [application],
+    )
+    for pid, table in rows:
+        raise exceptions.ServerError(
+            f"The table {table} is about to be changed by another session, process {pid}, which waits for this dump, and this "
+            "dump for it.",
+            _LET_REST,
+            sqlstate=_LOCK_NOT_AVAILABLE,
+        )
+
+
 def explain(error: exceptions.PgcloneError, table: Candidate) -> exceptions.PgcloneError:
     """What went wrong with the copying of a table, in words that name it."""
     if isinstance(error, exceptions.ServerError):
@@ -86,8 +125,8 @@ def explain(error: exceptions.PgcloneError, table: Candidate) -> exceptions.Pgcl
 def _explained(error: exceptions.ServerError, table: Candidate) -> exceptions.ServerError:
     if error.sqlstate == _LOCK_NOT_AVAILABLE:
         return exceptions.ServerError(
-            f"The table {table} is about to be changed by another session, which waits for this dump to end.",
-            "Let migrations and other changes of tables rest while a dump is made, and try again.",
+            f"The table {table} is about to be changed by another session, or its indexes are.",
+            _LET_REST,
             sqlstate=error.sqlstate,
         )
     if error.sqlstate in _NO_SUCH_TABLE:

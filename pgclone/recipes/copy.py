@@ -6,6 +6,7 @@ import contextlib
 
 from pgclone import load, parts, process
 from pgclone.conf import COPY, Options
+from pgclone.crew import crew
 from pgclone.database import databases, properties, route
 from pgclone.database.lock import Lock
 from pgclone.database.names import Marker
@@ -66,18 +67,19 @@ def _copy_online(project: Project, run: Run, held: Lock) -> str:
         primary = properties.read(held.session, project.database)
         work = databases.create(held.session, run.id, template=options.template, like=primary)
         databases.mark(held.session, work, Marker("temp", project.database, run.id))
+        watchers = stack.enter_context(crew([], 0))
         dumping = stack.enter_context(contextlib.ExitStack())
-        child = dumping.enter_context(source.pg_dump())
-        contents = stack.enter_context(load.open_archive(tools, child.stdout))
+        read = dumping.enter_context(source.pg_dump(watchers))
+        contents = stack.enter_context(load.open_archive(tools, read))
 
         def prove(_: int) -> None:
-            while child.stdout.read(BLOCK):  # pg_restore may have had enough before the end
+            while read(BLOCK):  # pg_restore may have had enough before the end
                 pass
             dumping.close()
 
         exporter = source.export()
         rows = [parts.exported(exporter, chunk, session) for chunk in source.plan.chunks]
-        archive = Reader(lambda: child.stdout.read(BLOCK), prove)
+        archive = Reader(lambda: read(BLOCK), prove)
         report = Reporter(project, run, source.shape.size)
         load.load(tools, server, work, contents, archive, rows, source.shape.encoding, (), loading, report)
         load.prove_objects(server, work, contents, loading, ())

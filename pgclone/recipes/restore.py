@@ -129,7 +129,7 @@ def _dump_build(project: Project, storage: Storage, key: str) -> Build:
     def build(held: Lock, run: Run, temporary: str) -> None:
         with (
             streams.open_source(storage, key, find_codec) as source,
-            load.open_archive(tools, source) as contents,
+            load.open_archive(tools, source.read) as contents,
         ):
             if manifest is None and not contents.compressed:
                 raise _unproven(key)

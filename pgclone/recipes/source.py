@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from pgclone import parts, plan, process
+from pgclone.crew import Crew
 from pgclone.database import catalogue, models, rows
 from pgclone.database.catalogue import Shape
-from pgclone.database.connection import Conninfo, Session
+from pgclone.database.connection import Server, Session
 from pgclone.parts import Exporter
 from pgclone.plan import Plan, Relation
-from pgclone.process import Child, Tools
+from pgclone.process import Tools
 from pgclone.recipes.project import Project
 
 _BEGIN = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+_WATCH_SECONDS = 0.5
 _TID_RANGE_SCANS = 140000
 """Since PostgreSQL 14, a condition on ctid reads no more than the blocks that it names."""
 
@@ -30,32 +33,55 @@ class Source:
 
     tools: Tools
     session: Session
-    conninfo: Conninfo
+    server: Server
+    database: str
     snapshot: str
     shape: Shape
     plan: Plan
     excluded: tuple[Relation, ...]
     lock_timeout: str
 
-    def pg_dump(self) -> contextlib.AbstractContextManager[Child]:
-        """The archive: everything but the rows that are excluded or that the plan has as parts."""
-        return process.pg_dump(
+    @contextlib.contextmanager
+    def pg_dump(self, workers: Crew) -> Iterator[Callable[[int], bytes]]:
+        """The archive: everything but the rows that are excluded or that the plan has as parts.
+
+        Gives a function that reads up to that many bytes of it. A clean end of the block means that they were all.
+        """
+        begun = threading.Event()
+        application = f"pg_dump {self.snapshot}"
+        dumping = process.pg_dump(
             self.tools,
-            self.conninfo,
+            self.server.conninfo(self.database, application=application),
             snapshot=self.snapshot,
-            excluded=[
-                *(relation.pattern for relation in self.excluded),
-                *(table.pattern for table in self.plan.tables),
-            ],
+            excluded=[table.pattern for table in (*self.excluded, *self.plan.tables)],
             encoding=self.shape.encoding,
             lock_timeout=self.lock_timeout,
         )
 
+        def watch(workers: Crew) -> None:
+            while not begun.wait(_WATCH_SECONDS):
+                workers.check()
+                rows.refuse_deadlock(self.session, application)
+
+        with dumping as child, workers.ending(child.terminate):
+            if self.plan.chunks:
+                workers.begin(watch)
+
+            def read(size: int) -> bytes:
+                block = child.read(size)
+                begun.set()  # pg_dump writes nothing before it has locked everything
+                return block
+
+            try:
+                yield read
+            finally:
+                begun.set()
+
     def export(self) -> Exporter:
         """The rows that the plan has as parts."""
-        return parts.export(
-            self.tools, self.conninfo, self.session, self.shape.encoding, self.plan.chunks, self.snapshot
-        )
+        conninfo = self.server.conninfo(self.database)
+        chunks, encoding = self.plan.chunks, self.shape.encoding
+        return parts.export(self.tools, conninfo, self.session, encoding, chunks, self.snapshot, self.lock_timeout)
 
 
 @contextlib.contextmanager
@@ -65,40 +91,42 @@ def open_source(project: Project, tools: Tools, session: Session) -> Iterator[So
     Locks come before the snapshot: a table that was emptied by TRUNCATE between the two would be read without its rows. So
     the plan is made twice, once to know what to lock, and once in the snapshot.
     """
-    wanted = find_plan(project, session).tables
+    options = project.options
+    sizes, found = _look(project, session)
     with session.transaction(_BEGIN):
-        rows.lock(session, wanted, project.options.lock_timeout)
+        rows.lock(session, found.tables, options.lock_timeout)
         snapshot = session.value("SELECT pg_export_snapshot()")
-        excluded = _find_excluded(project, session)
+        locked = catalogue.locked(session)  # by their names, which others may have by now
+        known = {table.oid: sizes[table.oid] for table in found.tables if table.oid in locked}
         yield Source(
             tools,
             session,
-            project.server.conninfo(project.database),
+            project.server,
+            project.database,
             snapshot,
             catalogue.shape(session),
-            _plan(project, session, excluded, {table.oid for table in wanted}),
-            excluded,
-            project.options.lock_timeout,
+            _plan(project, session, known, sum(sizes.values())),
+            _find_excluded(project, session),
+            options.lock_timeout,
         )
 
 
 def find_plan(project: Project, session: Session) -> Plan:
     """What would be read in parallel now, if nothing changed."""
+    return _look(project, session)[1]
+
+
+def _look(project: Project, session: Session) -> tuple[dict[int, int], Plan]:
     with session.transaction(_BEGIN):
         rows.limit_waits(session, project.options.lock_timeout)
-        return _plan(project, session, _find_excluded(project, session))
+        sizes = catalogue.sizes(session, _find_excluded(project, session))
+        large = {oid: size for oid, size in sizes.items() if size >= plan.LARGE}
+        return sizes, _plan(project, session, large, sum(sizes.values()))
 
 
-def _plan(
-    project: Project, session: Session, excluded: tuple[Relation, ...], among: Collection[int] | None = None
-) -> Plan:
-    candidates, total = catalogue.candidates(session, excluded, plan.LARGE)
-    return plan.make(
-        [table for table in candidates if among is None or table.oid in among],
-        total,
-        project.options.jobs,
-        chunks=session.version >= _TID_RANGE_SCANS,
-    )
+def _plan(project: Project, session: Session, sizes: Mapping[int, int], total: int) -> Plan:
+    chunks = session.version >= _TID_RANGE_SCANS
+    return plan.make(catalogue.candidates(session, sizes), total, project.options.jobs, chunks=chunks)
 
 
 def _find_excluded(project: Project, session: Session) -> tuple[Relation, ...]:
