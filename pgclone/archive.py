@@ -66,6 +66,7 @@ class Part:
 
     Args:
         number: Counts from 1.
+        oid: Of the table in the dumped database: the archive's table of contents has it.
         schema, table: Whose rows they are.
         columns: In the order of the rows' values.
         rows: Exactly.
@@ -76,6 +77,7 @@ class Part:
     """
 
     number: int
+    oid: int
     schema: str
     table: str
     columns: tuple[str, ...]

@@ -83,8 +83,10 @@ class Crew:
     def stop(self) -> None:
         """Begin no more tasks, end those under way, and wait for that a little."""
         self._stop()
-        for worker in self._workers:
-            worker.join(_GRACE_SECONDS)
+        with self._changed:
+            ended = self._changed.wait_for(lambda: not self._working, _GRACE_SECONDS)
+        for worker in self._workers if ended else ():
+            worker.join()
 
     @property
     def _ended(self) -> bool:

@@ -28,6 +28,7 @@ from pgclone.toc import Contents
 
 _FOREIGN_KEY_VIOLATION = "23503"
 _NOT_VALID_ON_PARTITIONED = 180000
+_UNKNOWN = "SQL_ASCII"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def open_archive(tools: Tools, read: Callable[[int], bytes]) -> Iterator[Content
         yield contents
 
 
-def load(
+def load_rows(
     tools: Tools,
     server: Server,
     database: str,
@@ -69,40 +70,69 @@ def load(
     archive: Reader,
     rows: Sequence[Rows],
     encoding: str,
-    foreign_keys: Sequence[ForeignKey],
     loading: Loading,
     progress: Progress = lambda count: None,
 ) -> None:
-    """Load an archive, and the rows that are beside it, into an empty database.
+    """Load the tables of an archive, and all rows, into an empty database.
 
-    First come tables, then rows: those of the archive and the others side by side, on as many connections as there are jobs;
-    then indexes and constraints, again on as many. Nothing but the head of the archive is kept anywhere.
+    The rows of the archive and those beside it come side by side, on as many connections as there are jobs. Nothing but the
+    head of the archive is kept anywhere.
 
     Args:
         archive: What follows its head.
         rows: Those beside the archive.
         encoding: Theirs, as PostgreSQL names it.
-        foreign_keys: Those that point to rows which were left out of the dump. They come back NOT VALID when rows are
-            missing.
         progress: Called with numbers of bytes that were read.
 
     Raises:
         ToolFailed: pg_restore or psql failed, or had errors that are neither harmless nor allowed.
         CorruptDump: A stream is damaged, or not what was dumped.
     """
+    if twice := toc.tables_with_rows(contents, {one.oid for one in rows}):
+        raise exceptions.CorruptDump(f"The dump has the rows of {', '.join(twice)} twice.", "Restore another dump.")
     conninfo = _conninfo(server, database)
-    pg_restore = functools.partial(process.pg_restore, tools, conninfo, owner=loading.owner, acl=loading.acl)
+    pg_restore = _pg_restore(tools, conninfo, loading)
     with pg_restore(section="pre-data", archive=contents.head) as child:
         verdict.judge(child, contents.names, loading.allow_errors)
+    if encoding == _UNKNOWN:  # the server looks at no byte then, in a database of any encoding
+        with server.connect(database) as session:
+            encoding = catalogue.shape(session).encoding
     tasks = [functools.partial(parts.load, tools, conninfo, encoding, one, progress) for one in rows]
     with crew(tasks, loading.jobs - 1) as workers:
-        with pg_restore(section="data", archive=None) as child, workers.ending(child.terminate):
-            _feed(child, contents, archive, progress, workers)
+        with (
+            pg_restore(section="data", archive=None) as child,
+            workers.ending(child.terminate),
+            workers.ending(archive.end),
+        ):
+            complete = _feed(child, contents, archive, progress, workers)
             workers.check()
+            if not complete:  # a pg_restore that has died does not wait for the rest
+                verdict.judge(child, contents.names)
             archive.prove(0)
             verdict.judge(child, contents.names)
         workers.hire()
         workers.wait(lambda: progress(0))
+
+
+def build_indexes(
+    tools: Tools,
+    server: Server,
+    database: str,
+    contents: Contents,
+    foreign_keys: Sequence[ForeignKey],
+    loading: Loading,
+) -> None:
+    """Build the indexes and constraints of an archive, and what else follows the rows, on as many connections as there are
+    jobs.
+
+    Args:
+        foreign_keys: Those that point to rows which were left out of the dump. They come back NOT VALID when rows are
+            missing.
+
+    Raises:
+        ToolFailed: pg_restore failed, or had errors that are neither harmless nor allowed.
+    """
+    pg_restore = _pg_restore(tools, _conninfo(server, database), loading)
     entries = toc.without(contents, foreign_keys)
     jobs = _jobs_for_indexes(tools, server, loading)
     with pg_restore(section="post-data", archive=contents.head, entries=entries, jobs=jobs) as child:
@@ -177,22 +207,31 @@ def analyze(server: Server, database: str, jobs: int) -> None:
             while tables:
                 workers.check()
                 with contextlib.suppress(IndexError):  # another worker was faster
-                    catalogue.analyze(session, tables.popleft())
+                    catalogue.analyze(session, *tables.popleft())
 
     with crew([work] * jobs, jobs) as workers:
         workers.wait()
 
 
-def _feed(child: Child, contents: Contents, archive: Reader, progress: Progress, workers: Crew) -> None:
-    """Feed pg_restore the archive. One that has read enough closes the pipe: its exit status tells whether it is content."""
+def _feed(child: Child, contents: Contents, archive: Reader, progress: Progress, workers: Crew) -> bool:
+    """Feed pg_restore the archive, and return whether it took all of it. One that has read enough closes the pipe: its exit
+    status tells whether it is content."""
     with contextlib.suppress(BrokenPipeError), child.stdin as pipe:
         with contents.head.open("rb") as head:
             while block := head.read(BLOCK):
                 pipe.write(block)
-        while block := archive.read():
+        while block := archive.read(BLOCK):
             workers.check()
             pipe.write(block)
             progress(len(block))
+        return True
+    return False
+
+
+def _pg_restore(
+    tools: Tools, conninfo: Conninfo, loading: Loading
+) -> Callable[..., contextlib.AbstractContextManager[Child]]:
+    return functools.partial(process.pg_restore, tools, conninfo, owner=loading.owner, acl=loading.acl)
 
 
 def _jobs_for_indexes(tools: Tools, server: Server, loading: Loading) -> int:
@@ -247,7 +286,8 @@ def _conninfo(server: Server, database: str) -> Conninfo:
     """pg_restore's sessions end soon after pg_restore does."""
     with server.connect(database) as session:
         interval = "-c client_connection_check_interval=100ms" if session.version >= 140000 else ""
-    return server.conninfo(database, options=interval)
+    # A role may have it off, and the rows of arrays would not be what they were.
+    return server.conninfo(database, options=f"{interval} -c array_nulls=on".strip())
 
 
 def _spaced(foreign: ForeignKey) -> str:

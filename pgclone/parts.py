@@ -37,11 +37,18 @@ class Exporter:
     @contextlib.contextmanager
     def copy(self, chunk: Chunk, crew: Crew) -> Iterator[Child]:
         """The rows of a chunk, as standard output of a child. A clean end of the block means that they are complete."""
+        of_the_block: BaseException | None = None
         try:
             copying = process.copy_out(self.tools, self.conninfo, self.statements[chunk], self.encoding)
             with copying as child, crew.ending(child.terminate):
-                yield child
+                try:
+                    yield child
+                except BaseException as error:
+                    of_the_block = error
+                    raise
         except (exceptions.ServerError, exceptions.ToolFailed) as error:
+            if error is of_the_block:
+                raise
             raise statements.explain(error, chunk.table) from error
 
 
@@ -82,6 +89,7 @@ def dump_part(
         crew.check()
     return Part(
         number=number,
+        oid=chunk.table.oid,
         schema=chunk.table.schema,
         table=chunk.table.name,
         columns=chunk.table.columns,
@@ -99,11 +107,13 @@ class Rows:
     """Rows to be loaded.
 
     Args:
-        table: Whose they are, for people.
+        oid, schema, table: Whose they are.
         statements: psql's, which begin a transaction and end with COPY from STDIN.
         open: Opens the stream that they come from.
     """
 
+    oid: int
+    schema: str
     table: str
     statements: Sequence[str]
     open: Callable[[Crew], contextlib.AbstractContextManager[Reader]]
@@ -111,10 +121,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads a stream in blocks; then `prove` raises unless that was all of it, with as many rows as it is told."""
+    """A stream of rows, or an archive.
 
-    read: Callable[[], bytes]
+    Args:
+        read: Reads up to that many bytes; none at the end.
+        prove: Raises unless that was all of it, with that many rows.
+        end: Lets somebody who waits in `read` go on, with an error or with no bytes.
+    """
+
+    read: Callable[[int], bytes]
     prove: Callable[[int], None]
+    end: Callable[[], None] = lambda: None
 
 
 def stored(storage: Storage, key: str, part: Part, codec: Codec | None, session: Session) -> Rows:
@@ -123,9 +140,18 @@ def stored(storage: Storage, key: str, part: Part, codec: Codec | None, session:
     @contextlib.contextmanager
     def open_part(crew: Crew) -> Iterator[Reader]:
         with streams.open_source(storage, part_key(key, part.number), lambda head: codec) as source:
-            yield Reader(source.read, lambda count: _prove(part, source, count))
 
-    return Rows(str(part), statements.copy_in(session, part.schema, part.table, part.columns), open_part)
+            def read(size: int) -> bytes:
+                try:
+                    return source.read(size)
+                except exceptions.CorruptDump as error:
+                    raise exceptions.CorruptDump(f"{error.cause}. It has rows of {part}.", error.remedy) from error
+
+            yield Reader(read, lambda count: _prove(part, source, count))
+
+    return Rows(
+        part.oid, part.schema, part.table, statements.copy_in(session, part.schema, part.table, part.columns), open_part
+    )
 
 
 def exported(exporter: Exporter, chunk: Chunk, session: Session) -> Rows:
@@ -135,10 +161,16 @@ def exported(exporter: Exporter, chunk: Chunk, session: Session) -> Rows:
     def open_chunk(crew: Crew) -> Iterator[Reader]:
         with contextlib.ExitStack() as stack:
             child = stack.enter_context(exporter.copy(chunk, crew))
-            yield Reader(lambda: child.read(BLOCK), lambda count: stack.close())
+            yield Reader(child.read, lambda count: stack.close())
 
     table = chunk.table
-    return Rows(str(table), statements.copy_in(session, table.schema, table.name, table.columns), open_chunk)
+    return Rows(
+        table.oid,
+        table.schema,
+        table.name,
+        statements.copy_in(session, table.schema, table.name, table.columns),
+        open_chunk,
+    )
 
 
 def load(tools: Tools, conninfo: Conninfo, encoding: str, rows: Rows, progress: Progress, crew: Crew) -> None:
@@ -152,7 +184,7 @@ def load(tools: Tools, conninfo: Conninfo, encoding: str, rows: Rows, progress: 
     try:
         copying = process.copy_in(tools, conninfo, rows.statements, encoding)
         with rows.open(crew) as reader, copying as loader, crew.ending(loader.child.terminate):
-            while block := reader.read():
+            while block := reader.read(BLOCK):
                 crew.check()
                 loader.write(block)
                 count += block.count(b"\n")
@@ -162,7 +194,7 @@ def load(tools: Tools, conninfo: Conninfo, encoding: str, rows: Rows, progress: 
             loader.commit(count)
     except (exceptions.ServerError, exceptions.ToolFailed) as error:
         raise exceptions.ToolFailed(
-            f"The rows of {rows.table} could not be loaded: {error.cause}", error.remedy
+            f"The rows of {rows.schema}.{rows.table} could not be loaded: {error.cause}", error.remedy
         ) from error
 
 

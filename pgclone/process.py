@@ -12,6 +12,7 @@ import fcntl
 import io
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -42,7 +43,8 @@ _UNTIL_PARENT_DIES = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 if os.getppid() != int(sys.argv[1]): sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
+try: os.execv(sys.argv[2], sys.argv[2:])
+except OSError as error: sys.exit(f"{sys.argv[2]} cannot be run: {error.strerror}.")
 """
 
 
@@ -172,11 +174,12 @@ def pg_dump(
         pattern
     ) in excluded:  # pg_dump takes it for text in the encoding of the database, and ignores what matches nothing
         argv.append(_encoded(f"--exclude-table-data={pattern}", encoding))
+    argv.append(f"--encoding={encoding}")  # of the archive, of the session, and so of the patterns
     argv += [f"--lock-wait-timeout={lock_timeout}"] if lock_timeout else []
     argv += [*_connection(conninfo)]
     with _start(argv, conninfo, stdout=subprocess.PIPE) as child:
         yield child
-        _succeed(child)
+        succeed(child)
         for line in child.errors.splitlines():
             log.warning("pg_dump_warned", line=line)
 
@@ -225,7 +228,7 @@ def copy_out(tools: Tools, conninfo: Conninfo, statements: Sequence[str], encodi
     """
     with _start([*_psql(tools, conninfo, statements, encoding)], conninfo, stdout=subprocess.PIPE) as child:
         yield child
-        _succeed(child)
+        succeed(child)
 
 
 class Loader:
@@ -234,17 +237,27 @@ class Loader:
     def __init__(self, child: Child, verdict: BinaryIO) -> None:
         self.child = child
         self._verdict = verdict
+        os.set_blocking(child.stdin.fileno(), False)
+        self._waiting = select.poll()
+        self._waiting.register(child.stdin, select.POLLOUT)
+        self._waiting.register(child.stdout, select.POLLIN)
 
     def write(self, block: bytes) -> None:
         """Send rows.
 
         Raises:
-            ServerError, ToolFailed: psql has ended meanwhile.
+            ServerError, ToolFailed: psql has ended meanwhile, or its COPY has: there was a line with a backslash and a dot alone.
         """
-        try:
-            self.child.stdin.write(block)
-        except BrokenPipeError:
-            raise self._failed() from None
+        rows, view = self.child.stdin.fileno(), memoryview(block)
+        while view:
+            try:
+                view = view[os.write(rows, view) :]
+            except BlockingIOError:
+                if self.child.stdout.fileno() in dict(self._waiting.poll()):
+                    counted = self._count()
+                    raise exceptions.ToolFailed(f"The server took {counted} rows, and then no more.") from None
+            except BrokenPipeError:
+                raise self._failed() from None
 
     def commit(self, rows: int) -> None:
         """End the COPY, and commit if the server has taken exactly this many rows.
@@ -254,16 +267,20 @@ class Loader:
         """
         with contextlib.suppress(BrokenPipeError):
             self.child.stdin.close()
-        counted = self.child.stdout.readline().strip()
-        if not counted:
-            raise self._failed()
-        if counted != str(rows).encode():
-            raise exceptions.ToolFailed(f"The server took {counted.decode()} rows of {rows} that were sent to it.")
+        counted = self._count()
+        if counted != rows:
+            raise exceptions.ToolFailed(f"The server took {counted} rows of {rows} that were sent to it.")
         with contextlib.suppress(BrokenPipeError):
             self._verdict.write(b"COMMIT;\n\\echo committed\n")
             self._verdict.close()
         if self.child.stdout.read().strip() != b"committed" or self.child.wait() != 0:
             raise self._failed()
+
+    def _count(self) -> int:
+        counted = self.child.stdout.readline()
+        if not counted:
+            raise self._failed()
+        return int(counted)
 
     def _failed(self) -> exceptions.PgcloneError:
         return _psql_failed(self.child, self.child.wait())
@@ -362,7 +379,12 @@ def _encoded(argument: str, encoding: str) -> str:
     return os.fsdecode(argument.encode(_python_encoding(encoding)))
 
 
-def _succeed(child: Child) -> None:
+def succeed(child: Child) -> None:
+    """Wait for a tool that must end with status 0.
+
+    Raises:
+        ServerError, ToolFailed: It does not.
+    """
     status = child.wait()
     if status != 0:
         raise _psql_failed(child, status) if child.name == "psql" else failed(child, status)
@@ -371,11 +393,12 @@ def _succeed(child: Child) -> None:
 def _psql_failed(child: Child, status: int) -> exceptions.PgcloneError:
     """What the server said, if psql failed because of that."""
     # The severity comes in the server's language.
-    match = re.search(r"^(?:psql:\S+ )?\w+:  ([0-9A-Z]{5}): (.*)", child.errors, re.MULTILINE)
-    if match is None:
+    said = re.findall(r"^(?:psql:\S+ )?\w+:  ([0-9A-Z]{5}): (.*)", child.errors, re.MULTILINE)
+    if not said:
         return failed(child, status)
-    detail = re.search(r"^(CONTEXT:  .*)", child.errors, re.MULTILINE)
-    return exceptions.ServerError(f"{match[2]}{f' ({detail[1]})' if detail else ''}", sqlstate=match[1])
+    sqlstate, message = said[-1]  # what came before were warnings
+    place = re.search(r"^CONTEXT:  (COPY [^:]*)", child.errors, re.MULTILINE)  # what follows is the row
+    return exceptions.ServerError(f"{message}{f' ({place[1]})' if place else ''}", sqlstate=sqlstate)
 
 
 def failed(child: Child, status: int) -> exceptions.ToolFailed:

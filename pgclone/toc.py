@@ -117,6 +117,15 @@ def only_comments(contents: Contents, foreign_keys: Collection[ForeignKey]) -> P
     return _write(contents, "comments", lambda entry: _is_comment(entry, foreign_keys))
 
 
+def tables_with_rows(contents: Contents, oids: Collection[int]) -> list[str]:
+    """Those of some tables, by their OIDs in the dumped database, whose rows an archive has."""
+    return [
+        entry["text"].removeprefix("TABLE DATA ")
+        for entry in contents.entries()
+        if entry["text"].startswith("TABLE DATA ") and int(entry["oid"]) in oids
+    ]
+
+
 def missing_objects(contents: Contents, present: Collection[tuple[str, str]]) -> list[str]:
     """What the table of contents lists and a database does not have.
 

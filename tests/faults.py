@@ -229,7 +229,8 @@ def tally(request: pytest.FixtureRequest) -> Tally:
 
 def children(pid: int) -> list[int]:
     """The processes that a process has started, and theirs. Linux."""
-    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    threads = Path(f"/proc/{pid}/task").glob("*/children")
+    found = [int(child) for thread in threads for child in thread.read_text().split()]
     return found + [below for child in found for below in children(child)]
 
 

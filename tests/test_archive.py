@@ -88,7 +88,7 @@ manifests = st.builds(
     parts=st.lists(
         st.builds(
             Part,
-            *(numbers, names, names, st.lists(names, max_size=3).map(tuple), numbers, numbers, numbers, names),
+            *(numbers, numbers, names, names, st.lists(names, max_size=3).map(tuple), numbers, numbers, numbers, names),
             *(st.none() | numbers, st.none() | numbers),
         ),
         max_size=3,

@@ -121,11 +121,19 @@ def test_a_failure_ends_what_the_other_workers_do() -> None:
 
 
 def test_after_a_failure_no_task_begins() -> None:
-    done: list[int] = []
+    """Not even by a worker whose task ended well."""
+    begun, ended, done = threading.Event(), threading.Event(), []
+
+    def work(workers: Crew) -> None:
+        with workers.ending(ended.set):
+            begun.set()
+            assert ended.wait(SOON)
+        done.append(1)
+
     with pytest.raises(Failure):
-        with crew([fail, noting(done, 1)], 1) as workers:
+        with crew([work, after(begun, fail), noting(done, 2)], 2) as workers:
             workers.wait()
-    assert done == []
+    assert done == [1]
 
 
 def test_a_failure_ends_the_work_of_the_block_and_is_what_counts() -> None:

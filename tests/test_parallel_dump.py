@@ -73,9 +73,18 @@ class Shop:
         assert done.status == 0, done.err
         return done.out
 
+    def end(self, dump: Forked) -> Done:
+        """Wait for its end. If that does not come soon it is killed, so that what waits for it goes on."""
+        try:
+            wait_until(lambda: not alive([dump.pid]), seconds=15)
+        except AssertionError:
+            dump.send(signal.SIGKILL)
+            raise
+        return dump.wait()
+
     def check_dumped(self, dump: Forked) -> Manifest:
         """It ends well, with parts. Returns the manifest of the newest dump."""
-        done = dump.wait()
+        done = self.end(dump)
         assert done.status == 0, done.err
         manifest = self.manifest(max(self.dumps()))
         assert manifest.parts
@@ -83,7 +92,7 @@ class Shop:
 
     def check_failed(self, dump: Forked | Done, *words: str) -> None:
         """It said why, and left neither files nor connections."""
-        done = dump.wait() if isinstance(dump, Forked) else dump
+        done = self.end(dump) if isinstance(dump, Forked) else dump
         assert (done.status, done.out) == (1, "")
         assert [word for word in words if word not in done.err] == []
         assert "Traceback" not in done.err
@@ -134,7 +143,8 @@ class Shop:
     def digest(self, table: str, database: str = "") -> str:
         """All rows of a table."""
         return self.project.sql(
-            f"SELECT count(*), md5(string_agg(t::text, '|' ORDER BY t::text)) FROM {table} t", database or None
+            f"SELECT count(*), md5(string_agg(a_row::text, '|' ORDER BY a_row::text)) FROM {table} a_row",
+            database or None,
         )
 
     @contextlib.contextmanager
@@ -229,7 +239,7 @@ def rows_of(manifest: Manifest, table: str) -> int:
 
 VALUES = """CREATE TABLE typed (id int PRIMARY KEY, d date, t timestamptz, i interval, f float8, r real, b bytea, a text[]);
 INSERT INTO typed SELECT n, date '2020-01-02' + n % 300, timestamptz '2021-03-04 05:06:07.089+05' + n * interval '1 day',
-    n * interval '-1 month 1 day -2 hours', n + 0.1::float8 + 0.2::float8, n / 3::real, int4send(n) || '\\\\x00'::bytea,
+    n * interval '-1 day -2 hours', n + 0.1::float8 + 0.2::float8, n / 3::real, int4send(n) || '\\\\x00'::bytea,
     ARRAY['é', NULL, 'NULL', '\\n\\\\'] FROM generate_series(1, 3000) n;
 ALTER TABLE typed ENABLE ROW LEVEL SECURITY; ALTER TABLE typed FORCE ROW LEVEL SECURITY"""
 
@@ -268,7 +278,9 @@ def test_settings_of_roles_and_databases_change_no_value_and_cut_nothing_off(sho
         time.sleep(0.6)  # longer than all the timeouts
     manifest = shop.check_dumped(dump)
     assert rows_of(manifest, "typed") == 3000
-    assert shop.digest("typed", shop.restore(manifest.key)) == shop.digest("typed")
+    for user in (clerk, "postgres"):  # who loads the rows may have other settings than who dumped them
+        project.database["USER"] = user
+        assert shop.digest("typed", shop.restore(manifest.key)) == shop.digest("typed")
 
 
 def test_rows_that_row_security_hides_fail_the_dump(shop: Shop) -> None:
@@ -329,6 +341,18 @@ def test_a_table_that_is_exchanged_between_the_planning_and_the_lock_is_dumped_w
     database = shop.restore(max(shop.dumps()))
     assert shop.project.sql("SELECT count(*) FROM old", database) == "5000"
     assert shop.project.sql("SELECT count(*) FROM account", database) == "4000"
+
+
+def test_names_are_told_to_pg_dump_in_the_encoding_that_its_session_has(project: Project) -> None:
+    """Otherwise a name with an accent would match nothing: rows would come twice, or though they were to be left out."""
+    project.environ["PGCLONE_TEST_LARGE"] = "8192"
+    project.sql("CREATE TABLE größe AS SELECT n FROM generate_series(1, 5000) n")
+    project.sql("CREATE TABLE geheim_ß AS SELECT 'secret' AS v")
+    project.sql("ALTER DATABASE shop SET client_encoding = 'LATIN1'")
+    key = project.dump("--jobs", "2", "--exclude-table", '"geheim_ß"')
+    project.restore(key, "--pre-swap-hook", "--jobs", "2")
+    project.sql("ALTER DATABASE shop RESET client_encoding")
+    assert project.sql("SELECT (SELECT count(*) FROM größe), (SELECT count(*) FROM geheim_ß)") == "5000|0"
 
 
 # One snapshot
@@ -413,7 +437,6 @@ def test_an_index_that_is_being_rebuilt_is_not_waited_for_longer_than_the_projec
     """Who reads some blocks of a table locks its indexes as well."""
     with shop.holding("REINDEX INDEX account_pkey"):
         dump = shop.start(PGCLONE_LOCK_TIMEOUT="200ms")
-        ends_soon(dump)
         shop.check_failed(dump, "public.account")
 
 
@@ -435,8 +458,7 @@ def test_a_change_that_waits_for_a_table_whose_rows_are_to_be_dumped_fails_the_d
         change = pool.submit(shop.run, "ALTER TABLE account ADD number int")
         shop.waiting("test")
         gate.open()
-        ends_soon(dump)
-    shop.check_failed(dump, "The table public.account is about to be changed by another session")
+        shop.check_failed(dump, "The table public.account is about to be changed by another session")
     change.result(timeout=5)
 
 
@@ -446,37 +468,57 @@ def test_a_change_that_waits_before_pg_dump_has_its_locks_fails_the_dump(
     """It waits for the dump, and pg_dump would wait for it: nobody has a look at that but this tool."""
     begin = tmp_path / "begin"
     tools = make_tools(tmp_path, shop.project.server.bin, pg_dump=f"{when(begin)}; exact()")
+    parts = shop.plan().count(" part ")
     dump = shop.start(PGCLONE_BIN_DIR=str(tools))
-    wait_until(lambda: len(shop.parts()) == shop.plan().count(" part "))
+    wait_until(lambda: len(shop.parts()) == parts)
     change = pool.submit(shop.run, "ALTER TABLE account ADD number int")
     shop.waiting("test")
     begin.touch()
-    ends_soon(dump)
     shop.check_failed(dump, "The table public.account is about to be changed by another session")
     change.result(timeout=5)
 
 
 def test_a_migration_that_has_changed_one_table_and_waits_for_another_fails_the_dump(
-    shop: Shop, pool: ThreadPoolExecutor
+    shop: Shop, pool: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
-    """pg_dump waits for the migration's first table, which waits for the dump's own lock on its second one."""
+    """pg_dump waits for the migration's first table, which waits for the dump's own lock on its second one.
+
+    The dump's role may not see what sessions of other roles do.
+    """
+    shop.project.database["USER"] = shop.world.role("reader", "IN ROLE pg_read_all_data")
+    begin = tmp_path / "begin"
+    tools = make_tools(tmp_path, shop.project.server.bin, pg_dump=f"{when(begin)}; exact()")
+    parts = shop.plan().count(" part ")
+    dump = shop.start(PGCLONE_BIN_DIR=str(tools))
+    wait_until(lambda: len(shop.parts()) == parts)
     with shop.holding("ALTER TABLE app_author ADD number int") as session:
-        dump = shop.start()
-        wait_until(lambda: len(shop.parts()) == shop.plan().count(" part "))
         change = pool.submit(session.execute, "ALTER TABLE account ADD number int")
         shop.waiting("test")
-        ends_soon(dump)
+        begin.touch()
+        shop.check_failed(dump, "The table public.account is about to be changed by another session")
         change.result(timeout=5)
-    shop.check_failed(dump, "The table public.account is about to be changed by another session")
 
 
-def ends_soon(dump: Forked) -> None:
-    """Within 15 seconds; it is killed otherwise, so that what waits for it goes on."""
-    try:
-        wait_until(lambda: not alive([dump.pid]), seconds=15)
-    except AssertionError:
-        dump.send(signal.SIGKILL)
-        raise
+def test_a_table_that_is_being_changed_is_waited_for_before_others_are_locked(shop: Shop) -> None:
+    with shop.holding("ALTER TABLE app_author ADD number int") as session:
+        dump = shop.start()
+        shop.waiting("pgclone")
+        session.execute("ALTER TABLE account ADD number int")
+        session.execute("COMMIT")
+    shop.check_dumped(dump)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_small_table_that_is_being_filled_anew_is_dumped_with_its_new_rows(shop: Shop, jobs: int) -> None:
+    shop.project.sql("CREATE TABLE small AS SELECT 1 AS id")
+    with shop.holding("TRUNCATE small", "INSERT INTO small VALUES (2), (3)") as session:
+        dump = shop.start(jobs=jobs)
+        shop.waiting("pgclone")
+        session.execute("COMMIT")
+    done = shop.end(dump)
+    assert done.status == 0, done.err
+    database = shop.restore(max(shop.dumps()))
+    assert shop.project.sql("SELECT count(*) FROM small", database) == "2"
 
 
 # Which tables become parts
@@ -489,7 +531,7 @@ CREATE TABLE by_range_1 PARTITION OF by_range FOR VALUES FROM (0) TO (1500);
 CREATE TABLE by_range_2 PARTITION OF by_range DEFAULT; INSERT INTO by_range {rows};
 CREATE TABLE by_hash (id int, t text, m mood) PARTITION BY HASH (id);
 CREATE TABLE by_hash_1 PARTITION OF by_hash FOR VALUES WITH (MODULUS 1, REMAINDER 0); INSERT INTO by_hash {rows};
-CREATE TABLE parent (id int, t text, m mood); INSERT INTO parent {rows};
+CREATE TABLE parent (id int, t text, m mood); INSERT INTO parent {rows}; INSERT INTO parent SELECT * FROM parent;
 CREATE TABLE child () INHERITS (parent); INSERT INTO child {rows};
 
 CREATE TABLE by_enum (id int, t text, m mood) PARTITION BY HASH (id, m);
@@ -515,12 +557,11 @@ def test_the_tables_that_copy_treats_like_pg_dump_become_parts(shop: Shop) -> No
     rows = "SELECT n AS id, repeat('x', 50) AS t, 'ok'::mood AS m FROM generate_series(1, 3000) n"
     names = "SELECT repeat('x', 50) FROM generate_series(1, 3000)"
     shop.project.sql(KINDS.format(rows=rows, names=names))
-    manifest = shop.dump("--exclude=app.Author", "--exclude-table", "excluded", '"by pattern"')
+    manifest = shop.dump("--jobs=8", "--exclude=app.Author", "--exclude-table", "excluded", '"by pattern"')
     tables = {part.table for part in manifest.parts}
     assert tables == {"account", "plain", "by_range_1", "by_range_2", "by_hash_1", "parent", "child"}
-    assert all(
-        rows_of(manifest, table) in (1499, 1501, 3000, 5000) for table in tables
-    )  # those of children are their own
+    assert rows_of(manifest, "child") == 3000 and rows_of(manifest, "parent") == 6000  # without those of the child
+    assert len([part for part in manifest.parts if part.table == "parent"]) > 1
     database = shop.restore(manifest.key)
     for table in (*tables, "by_enum", "below", "scratch", "of_another_method", "viewed"):
         assert shop.digest(table, database) == shop.digest(table)
@@ -596,15 +637,16 @@ def test_thousands_of_small_tables_cost_no_statement(shop: Shop, monkeypatch: py
 
 def test_a_dump_has_no_more_connections_than_jobs_and_two(shop: Shop) -> None:
     seen: list[list[str]] = []
+
+    def only_parts_are_read() -> bool:
+        seen.append(sorted(shop.connections()))
+        return seen[-10:] == [["pgclone", "psql", "psql", "psql"]] * 10  # pg_dump is done, and its place taken
+
     with shop.gate("COPY") as gate:
         dump = shop.start(jobs=3, PGCLONE_BIN_DIR=gate.tools)
-        while alive([dump.pid]):
-            seen.append(shop.connections())
-            if seen[-1].count("psql") == 3:  # pg_dump is done, and all jobs read parts
-                gate.open()
+        wait_until(only_parts_are_read, seconds=10)
     shop.check_dumped(dump)
     assert any("psql" in names and any(name.startswith("pg_dump") for name in names) for names in seen)
-    assert any(names.count("psql") == 3 for names in seen)
     assert max(map(len, seen)) <= 5
 
 
@@ -723,7 +765,7 @@ def test_a_connection_that_is_lost_fails_the_dump(shop: Shop, application: str, 
         shop.check_failed(dump, words)
 
 
-@pytest.mark.parametrize("after", [0, 1000, None])
+@pytest.mark.parametrize("after", [1000, None])
 def test_a_psql_that_fails_after_some_or_all_rows_fails_the_dump(shop: Shop, after: int | None) -> None:
     tools = make_tools(shop.folder, shop.project.server.bin, psql=f"die(after={after}, status=3)")
     shop.check_failed(
@@ -822,8 +864,8 @@ BLOWS = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130,)}
 
 def test_a_parallel_dump_that_is_killed_leaves_no_broken_key(shop: Shop, tally: Tally, tmp_path: Path) -> None:  # noqa: F811
     shop.dump(trace=tmp_path / "trace")
-    points = spread(read_trace(tmp_path / "trace")[:-1], 6)
-    for (point, occurrence), blow in zip(points, ["SIGKILL", "SIGKILL", "SIGTERM", "SIGKILL", "SIGINT", "SIGKILL"]):
+    points = spread(read_trace(tmp_path / "trace")[:-1], 4)
+    for (point, occurrence), blow in zip(points, ["SIGKILL", "SIGTERM", "SIGKILL", "SIGINT"]):
         kill(shop, tally, Fault(point, blow, occurrence))
     check_next_dump(shop)
 

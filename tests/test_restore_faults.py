@@ -378,7 +378,7 @@ def frozen(shop: Shop, command: Command, fault: Fault) -> Iterator[Any]:
 # pg_restore is started for its version and the list first
 MOMENTS = {
     "loading": Fault("child: pg_restore started", "SIGSTOP", 4),
-    "proving": Fault('before: ANALYZE "public"."app_review"', "SIGSTOP"),
+    "proving": Fault('before: ANALYZE ONLY "public"."app_review"', "SIGSTOP"),
     "hooking": Fault("event: command_finished", "SIGSTOP"),
     "swapping": Fault('before: ALTER DATABASE "shop" RENAME TO "shop__swap"', "SIGSTOP"),
 }

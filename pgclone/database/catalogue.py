@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pgclone import exceptions
@@ -122,6 +122,15 @@ def candidates(session: Session, sizes: Mapping[int, int]) -> tuple[Candidate, .
     )
 
 
+def changing(session: Session, tables: Collection[int]) -> list[Relation]:
+    """Those of the tables that somebody changes at this moment."""
+    rows = session.execute(
+        f"""SELECT c.oid, n.nspname::text, c.relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind = 'r' AND {_CHANGING}"""
+    )
+    return [Relation(*row) for row in rows if row[0] in tables]
+
+
 def locked(session: Session) -> set[int]:
     """The OIDs of the tables that this session has locked."""
     return {
@@ -132,22 +141,27 @@ def locked(session: Session) -> set[int]:
     }
 
 
-def analyzable(session: Session) -> list[Relation]:
-    """What ANALYZE of the whole database looks at, the largest first. Partitions go with the table that they belong to."""
+def analyzable(session: Session) -> list[tuple[Relation, bool]]:
+    """What ANALYZE of the whole database looks at, the largest first, and whether it is partitioned.
+
+    Partitions go with the table that they belong to.
+    """
     rows = session.execute(
-        """SELECT c.oid, n.nspname::text, c.relname::text
+        """SELECT c.oid, n.nspname::text, c.relname::text, c.relkind = 'p'
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE c.relkind IN ('r', 'p', 'm') AND NOT c.relispartition AND NOT c.relisshared AND c.relpersistence <> 't'
         AND n.nspname <> 'pg_toast' ORDER BY c.relkind = 'p' DESC, pg_relation_size(c.oid) DESC, c.oid"""
     )
-    return [Relation(*row) for row in rows]
+    return [(Relation(*row[:3]), row[3]) for row in rows]
 
 
-def analyze(session: Session, relation: Relation) -> None:
+def analyze(session: Session, relation: Relation, partitioned: bool) -> None:
     """Bring the statistics of a table, and of its partitions, up to date."""
     from django.db.backends.postgresql.psycopg_any import sql
 
-    session.execute(sql.SQL("ANALYZE {}").format(sql.Identifier(relation.schema, relation.name)))
+    # Since 18, children by inheritance would go with their parent, and a second time on their own.
+    only = "ONLY " if session.version >= 180000 and not partitioned else ""
+    session.execute(sql.SQL("ANALYZE " + only + "{}").format(sql.Identifier(relation.schema, relation.name)))
 
 
 def find_tables(session: Session, models: Mapping[str, str], patterns: Sequence[str]) -> tuple[Relation, ...]:

@@ -20,6 +20,7 @@ from pgclone.events import log
 
 _NO_SUCH_DATABASE = "3D000"
 _OBJECT_IN_USE = "55006"
+_TRIES = 3
 _FILE_ERRORS = frozenset({"XX000", "58030", "42501"})
 """What a file system that cannot clone may answer: "not supported", "I/O error", "not permitted"; never "no space left"."""
 
@@ -203,15 +204,21 @@ def publish(session: Session, work: str, name: str, marker: Marker, *, replace: 
     if found and not found.ours and not replace:
         raise foreign(name)
     replaced = work_name(marker.run) if found else None
-    if replaced:
-        end_sessions(session, name)
-    with session.transaction():
-        if replaced:
-            session.execute(
-                sql.SQL("ALTER DATABASE {} RENAME TO {}").format(sql.Identifier(name), sql.Identifier(replaced))
-            )
-        session.execute(sql.SQL("ALTER DATABASE {} RENAME TO {}").format(sql.Identifier(work), sql.Identifier(name)))
-        _open(session, name, marker)
+    for attempt in range(_TRIES):
+        for used in (name, work):  # monitoring and the like look into any database
+            end_sessions(session, used)
+        try:
+            with session.transaction():
+                for old, new in ((name, replaced), (work, name)):
+                    if new:
+                        session.execute(
+                            sql.SQL("ALTER DATABASE {} RENAME TO {}").format(sql.Identifier(old), sql.Identifier(new))
+                        )
+                _open(session, name, marker)
+            break
+        except exceptions.ServerError as error:
+            if error.sqlstate != _OBJECT_IN_USE or attempt == _TRIES - 1:
+                raise
     return replaced
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pgclone import exceptions
 from pgclone.database.connection import Session, preamble
-from pgclone.plan import Candidate, Chunk
+from pgclone.plan import Chunk, Relation
 
 if TYPE_CHECKING:
     from psycopg.sql import Composable, Composed
@@ -35,7 +35,7 @@ def limit_waits(session: Session, timeout: str) -> None:
         session.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(timeout)))
 
 
-def lock(session: Session, tables: Sequence[Candidate], timeout: str) -> None:
+def lock(session: Session, tables: Sequence[Relation], timeout: str) -> None:
     """Lock tables as pg_dump does, so that they stay as they are until the transaction ends.
 
     Raises:
@@ -95,15 +95,15 @@ def refuse_deadlock(session: Session, application: str) -> None:
         ServerError: So it is.
     """
     session.execute("SELECT pg_stat_clear_snapshot()")  # pg_stat_activity stays as it is for a transaction otherwise
-    rows = session.execute(
-        """WITH waiting AS MATERIALIZED (
-            SELECT pid, application_name, pg_blocking_pids(pid) AS blockers FROM pg_stat_activity
-            WHERE datname = current_database() AND wait_event_type = 'Lock')
-        SELECT other.pid, format('%%s.%%s', n.nspname, c.relname)
-        FROM waiting ours JOIN waiting other ON other.pid = ANY(ours.blockers)
-        JOIN pg_locks l ON l.pid = other.pid AND NOT l.granted JOIN pg_class c ON c.oid = l.relation
+    rows = session.execute(  # what other roles' sessions wait for is in pg_locks alone
+        """WITH RECURSIVE blocking (pid) AS (
+            SELECT unnest(pg_blocking_pids(pid)) FROM pg_stat_activity
+            WHERE datname = current_database() AND application_name = %s
+            UNION SELECT unnest(pg_blocking_pids(pid)) FROM blocking)
+        SELECT b.pid, format('%%s.%%s', n.nspname, c.relname)
+        FROM blocking b JOIN pg_locks l ON l.pid = b.pid AND NOT l.granted JOIN pg_class c ON c.oid = l.relation
         JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE ours.application_name = %s AND pg_backend_pid() = ANY(other.blockers)""",
+        WHERE pg_backend_pid() = ANY(pg_blocking_pids(b.pid))""",
         [application],
     )
     for pid, table in rows:
@@ -115,14 +115,14 @@ def refuse_deadlock(session: Session, application: str) -> None:
         )
 
 
-def explain(error: exceptions.PgcloneError, table: Candidate) -> exceptions.PgcloneError:
+def explain(error: exceptions.PgcloneError, table: Relation) -> exceptions.PgcloneError:
     """What went wrong with the copying of a table, in words that name it."""
     if isinstance(error, exceptions.ServerError):
         return _explained(error, table)
     return exceptions.ToolFailed(f"The rows of {table} could not be dumped: {error.cause}", error.remedy)
 
 
-def _explained(error: exceptions.ServerError, table: Candidate) -> exceptions.ServerError:
+def _explained(error: exceptions.ServerError, table: Relation) -> exceptions.ServerError:
     if error.sqlstate == _LOCK_NOT_AVAILABLE:
         return exceptions.ServerError(
             f"The table {table} is about to be changed by another session, or its indexes are.",
@@ -148,7 +148,7 @@ def _setup(session: Session) -> list[str]:
     ]
 
 
-def _lock(table: Candidate) -> Composed:
+def _lock(table: Relation) -> Composed:
     from django.db.backends.postgresql.psycopg_any import sql
 
     name = sql.Identifier(table.schema, table.name)

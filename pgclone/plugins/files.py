@@ -95,7 +95,8 @@ def _read(path: Path, location: Location) -> Iterator[BinaryIO]:
 @contextlib.contextmanager
 def _write(path: Path, root: Path) -> Iterator[BinaryIO]:
     _make_folders(path.parent)
-    _remove_left_overs(root)
+    if not path.parent.name.endswith(_PARTS):  # a look at everything, once a dump
+        _remove_left_overs(root)
     with _create_partial(path) as (file, partial):
         yield file
         if file.closed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 from pgclone import load, parts, process
 from pgclone.conf import COPY, Options
@@ -12,11 +13,10 @@ from pgclone.database.lock import Lock
 from pgclone.database.names import Marker
 from pgclone.events import log
 from pgclone.load import Loading
-from pgclone.parts import Reader
 from pgclone.recipes.project import Project, Reporter, check_local_name, open_project, running
 from pgclone.recipes.restore import locked
-from pgclone.recipes.source import open_source
-from pgclone.streams import BLOCK
+from pgclone.recipes.source import Source, open_source
+from pgclone.toc import Contents
 from pgclone.types import Run
 
 
@@ -56,33 +56,34 @@ def _copy_files(project: Project, run: Run, held: Lock) -> str:
 
 
 def _copy_online(project: Project, run: Run, held: Lock) -> str:
-    """Dump and restore without a storage in between: what a snapshot shows, while others work on."""
-    options, server = project.options, project.server
+    """Dump and restore without a storage in between: what a snapshot shows, while others work on. Nothing is left out."""
+    options, server = replace(project.options, exclude=(), exclude_tables=()), project.server
+    project = replace(project, options=options)
     tools = process.find_tools(options.bin_dir)
     process.require_new_enough(tools, held.session)
     loading = Loading(owner=True, acl=True, jobs=options.jobs)
+    primary = properties.read(held.session, project.database)
+    work = databases.create(held.session, run.id, template=options.template, like=primary)
+    databases.mark(held.session, work, Marker("temp", project.database, run.id))
     with contextlib.ExitStack() as stack:
-        session = stack.enter_context(server.connect(project.database))
-        source = stack.enter_context(open_source(project, tools, session))
-        primary = properties.read(held.session, project.database)
-        work = databases.create(held.session, run.id, template=options.template, like=primary)
-        databases.mark(held.session, work, Marker("temp", project.database, run.id))
-        watchers = stack.enter_context(crew([], 0))
-        dumping = stack.enter_context(contextlib.ExitStack())
-        read = dumping.enter_context(source.pg_dump(watchers))
-        contents = stack.enter_context(load.open_archive(tools, read))
-
-        def prove(_: int) -> None:
-            while read(BLOCK):  # pg_restore may have had enough before the end
-                pass
-            dumping.close()
-
-        exporter = source.export()
-        rows = [parts.exported(exporter, chunk, session) for chunk in source.plan.chunks]
-        archive = Reader(lambda: read(BLOCK), prove)
-        report = Reporter(project, run, source.shape.size)
-        load.load(tools, server, work, contents, archive, rows, source.shape.encoding, (), loading, report)
+        with server.connect(project.database) as session, open_source(project, tools, session) as source:
+            contents = _copy_rows(project, run, held, source, work, loading, stack)
+        load.build_indexes(tools, server, work, contents, (), loading)
         load.prove_objects(server, work, contents, loading, ())
     load.analyze(server, work, options.jobs)
     held.verify()
     return work
+
+
+def _copy_rows(
+    project: Project, run: Run, held: Lock, source: Source, work: str, loading: Loading, stack: contextlib.ExitStack
+) -> Contents:
+    """Copy tables and rows. The source's locks may go then; the head of the archive stays until the stack ends."""
+    with crew([], 0) as watchers, source.pg_dump(watchers) as archive:
+        contents = stack.enter_context(load.open_archive(source.tools, archive.read))
+        exporter = source.export()
+        rows = [parts.exported(exporter, chunk, held.session) for chunk in source.plan.chunks]
+        report = Reporter(project, run, source.shape.size)
+        encoding = source.shape.encoding
+        load.load_rows(source.tools, project.server, work, contents, archive, rows, encoding, loading, report)
+    return contents

@@ -102,8 +102,8 @@ def _write(
         with streams.store(storage, key, source.shape.size) as stored:
             with crew(tasks, project.options.jobs - 1) as workers:
                 with streams.encode(stored, codec, level) as sink:
-                    with source.pg_dump(workers) as read:
-                        while block := read(BLOCK):
+                    with source.pg_dump(workers) as dumping:
+                        while block := dumping.read(BLOCK):
                             sink.write(block)
                             report(len(block))
                 workers.hire()

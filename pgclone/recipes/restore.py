@@ -142,7 +142,8 @@ def _dump_build(project: Project, storage: Storage, key: str) -> Build:
             rows = _rows_beside(held, storage, key, manifest, source.codec)
             stream = Reader(source.read, lambda _: load.prove(manifest, key, source.drain(), source.raw_size))
             encoding = manifest.encoding if manifest else ""
-            load.load(tools, project.server, work, contents, stream, rows, encoding, foreign_keys, loading, report)
+            load.load_rows(tools, project.server, work, contents, stream, rows, encoding, loading, report)
+            load.build_indexes(tools, project.server, work, contents, foreign_keys, loading)
             absent = load.absent_foreign_keys(project.server, work, foreign_keys)
             load.prove_objects(project.server, work, contents, loading, absent)
             load.analyze(project.server, work, options.jobs)

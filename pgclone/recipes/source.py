@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from pgclone import parts, plan, process
@@ -12,10 +12,11 @@ from pgclone.crew import Crew
 from pgclone.database import catalogue, models, rows
 from pgclone.database.catalogue import Shape
 from pgclone.database.connection import Server, Session
-from pgclone.parts import Exporter
+from pgclone.parts import Exporter, Reader
 from pgclone.plan import Plan, Relation
 from pgclone.process import Tools
 from pgclone.recipes.project import Project
+from pgclone.streams import BLOCK
 
 _BEGIN = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 _WATCH_SECONDS = 0.5
@@ -42,10 +43,10 @@ class Source:
     lock_timeout: str
 
     @contextlib.contextmanager
-    def pg_dump(self, workers: Crew) -> Iterator[Callable[[int], bytes]]:
+    def pg_dump(self, workers: Crew) -> Iterator[Reader]:
         """The archive: everything but the rows that are excluded or that the plan has as parts.
 
-        Gives a function that reads up to that many bytes of it. A clean end of the block means that they were all.
+        A clean end of the block means that pg_dump has succeeded.
         """
         begun = threading.Event()
         application = f"pg_dump {self.snapshot}"
@@ -64,16 +65,21 @@ class Source:
                 rows.refuse_deadlock(self.session, application)
 
         with dumping as child, workers.ending(child.terminate):
-            if self.plan.chunks:
-                workers.begin(watch)
+            workers.begin(watch)
 
             def read(size: int) -> bytes:
                 block = child.read(size)
                 begun.set()  # pg_dump writes nothing before it has locked everything
+                if not block:
+                    process.succeed(child)
                 return block
 
+            def prove(_: int) -> None:
+                while read(BLOCK):  # whoever reads may have had enough before the end
+                    pass
+
             try:
-                yield read
+                yield Reader(read, prove, child.terminate)
             finally:
                 begun.set()
 
@@ -89,12 +95,14 @@ def open_source(project: Project, tools: Tools, session: Session) -> Iterator[So
     """Plan, lock the tables that become parts, and export a snapshot for the time of the block.
 
     Locks come before the snapshot: a table that was emptied by TRUNCATE between the two would be read without its rows. So
-    the plan is made twice, once to know what to lock, and once in the snapshot.
+    the plan is made twice, once to know what to lock, and once in the snapshot; and what somebody changes at this moment
+    is waited for.
     """
     options = project.options
     sizes, found = _look(project, session)
+    changing = catalogue.changing(session, sizes)
     with session.transaction(_BEGIN):
-        rows.lock(session, found.tables, options.lock_timeout)
+        rows.lock(session, [*changing, *found.tables], options.lock_timeout)
         snapshot = session.value("SELECT pg_export_snapshot()")
         locked = catalogue.locked(session)  # by their names, which others may have by now
         known = {table.oid: sizes[table.oid] for table in found.tables if table.oid in locked}
