@@ -15,7 +15,7 @@ from pgclone.events import log
 from pgclone.load import Loading
 from pgclone.recipes.project import Project, Reporter, check_local_name, open_project, running
 from pgclone.recipes.restore import locked
-from pgclone.recipes.source import Source, open_source
+from pgclone.recipes.source import Source, open_source, survey
 from pgclone.toc import Contents
 from pgclone.types import Run
 
@@ -66,8 +66,9 @@ def _copy_online(project: Project, run: Run, held: Lock) -> str:
     work = databases.create(held.session, run.id, template=options.template, like=primary)
     databases.mark(held.session, work, Marker("temp", project.database, run.id))
     with contextlib.ExitStack() as stack:
-        with server.connect(project.database) as session, open_source(project, tools, session) as source:
-            contents = _copy_rows(project, run, held, source, work, loading, stack)
+        with server.connect(project.database) as session:
+            with open_source(project, tools, session, survey(project, session)) as source:
+                contents = _copy_rows(project, run, held, source, work, loading, stack)
         load.build_indexes(tools, server, work, contents, (), loading)
         load.prove_objects(server, work, contents, loading, ())
     load.analyze(server, work, options.jobs)

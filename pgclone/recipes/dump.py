@@ -16,7 +16,7 @@ from pgclone.events import log
 from pgclone.host import Storage
 from pgclone.plan import Chunk
 from pgclone.recipes.project import Project, Reporter, check_commands, open_project, running
-from pgclone.recipes.source import Source, find_plan, open_source
+from pgclone.recipes.source import Source, open_source, survey
 from pgclone.streams import BLOCK, Digest
 from pgclone.types import Codec, Run
 
@@ -51,11 +51,12 @@ def dump(options: Options) -> str:
             project.host.call("pre_dump", before=prove, run=run, source=target)
 
         # 4. Plan, and export a snapshot: the manifest, pg_dump and all parts see the same database.
-        with project.server.connect(project.database) as session, open_source(project, tools, session) as source:
+        with project.server.connect(project.database) as session:
+            found = survey(project, session)
             log.info("dump_started", alias=options.database, database=project.database, key=key)
-
-            # 5. Stream pg_dump and the parts through the codec into storage; write the manifest; commit.
-            raw, size = _write(project, run, source, storage, key, codec, level)
+            with open_source(project, tools, session, found) as source:
+                # 5. Stream pg_dump and the parts through the codec into storage; write the manifest; commit.
+                raw, size = _write(project, run, source, storage, key, codec, level)
 
         # 6. It is there: tell everyone.
         log.info("dump_committed", alias=options.database, database=project.database, key=key, bytes=size, raw=raw)
@@ -67,7 +68,7 @@ def plan(options: Options) -> Iterator[str]:
     """What a dump would do, for people. Nothing is written, and no hook is called."""
     project = open_project(DUMP, options)
     with project.server.connect(project.database) as session:
-        yield from find_plan(project, session).describe()
+        yield from survey(project, session).plan.describe()
 
 
 def _find_level(codec: Codec | None, wanted: int | None) -> int:

@@ -90,8 +90,29 @@ class Source:
         return parts.export(self.tools, conninfo, self.session, encoding, chunks, self.snapshot, self.lock_timeout)
 
 
+@dataclass(frozen=True)
+class Survey:
+    """The bytes of all tables that are to be read, by their OIDs, and what would be read in parallel if nothing changed."""
+
+    sizes: Mapping[int, int]
+    plan: Plan
+
+
+def survey(project: Project, session: Session) -> Survey:
+    """Look at a database, without waiting for anybody who changes it.
+
+    Raises:
+        ValueError: What is to be left out does not exist.
+    """
+    with session.transaction(_BEGIN):
+        rows.limit_waits(session, project.options.lock_timeout)
+        sizes = catalogue.sizes(session, _find_excluded(project, session))
+        large = {oid: size for oid, size in sizes.items() if size >= plan.LARGE}
+        return Survey(sizes, _plan(project, session, large, sum(sizes.values())))
+
+
 @contextlib.contextmanager
-def open_source(project: Project, tools: Tools, session: Session) -> Iterator[Source]:
+def open_source(project: Project, tools: Tools, session: Session, found: Survey) -> Iterator[Source]:
     """Plan, lock the tables that become parts, and export a snapshot for the time of the block.
 
     Locks come before the snapshot: a table that was emptied by TRUNCATE between the two would be read without its rows. So
@@ -99,13 +120,12 @@ def open_source(project: Project, tools: Tools, session: Session) -> Iterator[So
     is waited for.
     """
     options = project.options
-    sizes, found = _look(project, session)
-    changing = catalogue.changing(session, sizes)
+    changing = catalogue.changing(session, found.sizes)
     with session.transaction(_BEGIN):
-        rows.lock(session, [*changing, *found.tables], options.lock_timeout)
+        rows.lock(session, [*changing, *found.plan.tables], options.lock_timeout)
         snapshot = session.value("SELECT pg_export_snapshot()")
         locked = catalogue.locked(session)  # by their names, which others may have by now
-        known = {table.oid: sizes[table.oid] for table in found.tables if table.oid in locked}
+        known = {table.oid: found.sizes[table.oid] for table in found.plan.tables if table.oid in locked}
         yield Source(
             tools,
             session,
@@ -113,23 +133,10 @@ def open_source(project: Project, tools: Tools, session: Session) -> Iterator[So
             project.database,
             snapshot,
             catalogue.shape(session),
-            _plan(project, session, known, sum(sizes.values())),
+            _plan(project, session, known, sum(found.sizes.values())),
             _find_excluded(project, session),
             options.lock_timeout,
         )
-
-
-def find_plan(project: Project, session: Session) -> Plan:
-    """What would be read in parallel now, if nothing changed."""
-    return _look(project, session)[1]
-
-
-def _look(project: Project, session: Session) -> tuple[dict[int, int], Plan]:
-    with session.transaction(_BEGIN):
-        rows.limit_waits(session, project.options.lock_timeout)
-        sizes = catalogue.sizes(session, _find_excluded(project, session))
-        large = {oid: size for oid, size in sizes.items() if size >= plan.LARGE}
-        return sizes, _plan(project, session, large, sum(sizes.values()))
 
 
 def _plan(project: Project, session: Session, sizes: Mapping[int, int], total: int) -> Plan:
