@@ -311,6 +311,8 @@ def copy_in(tools: Tools, conninfo: Conninfo, statements: Sequence[str], encodin
                 os.close(reading)
                 reading = -1
                 yield Loader(child, verdict)
+                with contextlib.suppress(BrokenPipeError):
+                    child.stdin.close()
                 verdict.close()
         finally:
             if reading >= 0:
