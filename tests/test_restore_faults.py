@@ -494,7 +494,7 @@ def test_an_error_that_is_not_harmless_is_named_and_refused_and_can_be_allowed(s
     project.sql("DROP POLICY mine ON app_book")
     project.sql("DROP ROLE analyst")
     entry = "POLICY public app_book mine"
-    refused(shop, shop.state(), entry, "restore", key)
+    refused(shop, shop.state(), entry, "restore", key, "--jobs", "1")
     refused(shop, shop.state(), entry, "restore", key, "--allow-error", "POLICY public app_book min")
     done = shop.run("restore", key, "--allow-error", entry)
     assert done.status == 0, done.err
@@ -511,7 +511,7 @@ def test_what_was_allowed_to_fail_is_not_missed(shop: Shop) -> None:
     key = key_of(shop, shop.special())
     project.sql("DROP FUNCTION picky CASCADE")
     entry = "INDEX public picky_index"
-    refused(shop, shop.state(), entry, "restore", key)
+    refused(shop, shop.state(), entry, "restore", key, "--jobs", "1")
     done = shop.run("restore", key, "--allow-error", entry)
     assert done.status == 0, done.err
     assert f"Ignored, as you allowed it: {entry} postgres" in done.err
