@@ -111,6 +111,7 @@ def copy(
     replace: bool | None = None,
     wait: bool | None = None,
     online: bool | None = None,
+    allow_errors: Sequence[str] | None = None,
     jobs: int | None = None,
     database: str | None = None,
     config: str | None = None,

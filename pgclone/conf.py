@@ -194,7 +194,7 @@ class Options:
         (),
         type=tuple,
         flags=("--allow-error",),
-        on=(RESTORE,),
+        on=(RESTORE, COPY),
         setting=False,
         metavar="ENTRY",
     )
@@ -244,7 +244,7 @@ class Options:
     validate_dump_keys: bool = _option("Whether ls hides names that are no dump keys.", True, type=bool)
     sweep_after: int = _option("Seconds after which what a dead run left in storage is removed.", 24 * 3600, type=int)
     statement_timeout: str = _option("statement_timeout of the maintenance statements.", "")
-    lock_timeout: str = _option("lock_timeout of the maintenance statements, and of pg_dump's locks.", "")
+    lock_timeout: str = _option("lock_timeout of the maintenance statements, and of the locks that a dump takes.", "")
     bin_dir: str = _option("The folder of pg_dump, pg_restore and psql (default: found on PATH).", "")
     transfer_memory: int = _option(
         "MiB of memory that all open streams to and from object storage share.", 256, type=int, least=1

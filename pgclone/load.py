@@ -1,4 +1,4 @@
-"""Loads an archive into an empty database, and proves that it is all there.
+"""Loads an archive, and the rows beside it, into an empty database, and proves that it is all there.
 
 The stream is read once. Its head, a few kilobytes, goes to a temporary file, since it is needed before the data
 (tables), and after it (indexes, constraints): pg_restore does the three sections of an archive one by one.
@@ -33,7 +33,7 @@ _UNKNOWN = "SQL_ASCII"
 
 @dataclass(frozen=True)
 class Loading:
-    """How an archive is to be loaded: the options of a restore that pg_restore takes."""
+    """How an archive is to be loaded: what the options say of it."""
 
     owner: bool = False
     acl: bool = False

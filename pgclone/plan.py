@@ -62,12 +62,10 @@ class Chunk:
     first: int | None = None
     end: int | None = None
 
-    @property
-    def blocks(self) -> str:
-        """For people."""
+    def __str__(self) -> str:
         if self.first is None and self.end is None:
-            return ""
-        return f", blocks {self.first or 0} to {'the last' if self.end is None else self.end - 1}"
+            return str(self.table)
+        return f"{self.table}, blocks {self.first or 0} to {'the last' if self.end is None else self.end - 1}"
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Plan:
         yield f"{self.jobs} job{'s'[: self.jobs - 1]}, {len(self.chunks)} part{'s'[: len(self.chunks) != 1]}"
         yield f"{_megabytes(self.kept)}  archive: all tables that are not named below, and everything else"
         for number, chunk in enumerate(self.chunks, 1):
-            yield f"{_megabytes(chunk.bytes)}  part {number:05d}: {chunk.table}{chunk.blocks}"
+            yield f"{_megabytes(chunk.bytes)}  part {number:05d}: {chunk}"
 
 
 def make(candidates: Sequence[Candidate], total: int, jobs: int, *, chunks: bool = True) -> Plan:

@@ -170,11 +170,9 @@ def pg_dump(
         ToolFailed: pg_dump failed or was killed.
     """
     argv = [tools.pg_dump, "--format=custom", "--compress=0", "--no-password", f"--snapshot={snapshot}"]
-    for (
-        pattern
-    ) in excluded:  # pg_dump takes it for text in the encoding of the database, and ignores what matches nothing
-        argv.append(_encoded(f"--exclude-table-data={pattern}", encoding))
-    argv.append(f"--encoding={encoding}")  # of the archive, of the session, and so of the patterns
+    # pg_dump takes patterns for text in the encoding of its session, and ignores those that match nothing.
+    argv.append(f"--encoding={encoding}")
+    argv += [_encoded(f"--exclude-table-data={pattern}", encoding) for pattern in excluded]
     argv += [f"--lock-wait-timeout={lock_timeout}"] if lock_timeout else []
     argv += [*_connection(conninfo)]
     with _start(argv, conninfo, stdout=subprocess.PIPE) as child:
@@ -199,9 +197,9 @@ def pg_restore(
     """Restore one section of an archive, going on after errors. The caller waits for it and judges status and errors.
 
     Args:
-        jobs: How many connections work at once; more than one only from a file.
         archive: A file; None for standard input, which the caller feeds and closes.
         entries: A list of the entries to restore, as `table_of_contents` gives them.
+        jobs: How many connections work at once; more than one only from a file.
     """
     argv = [tools.pg_restore, "--format=custom", "--no-password", "--verbose", f"--section={section}"]
     argv += [f"--use-list={entries}"] if entries else []

@@ -46,7 +46,8 @@ class Codec:
         name: What `PGCLONE_CODEC` and the manifest call it.
         magic: How every stream of it begins, for tools that look at a dump without its manifest.
         compress: `compress(sink, level)` is a context manager that gives a writable file. A clean end of the block
-            finishes the stream, an exception leaves it unfinished; `sink` stays open.
+            finishes the stream, an exception leaves it unfinished; `sink` stays open. Several streams are open at once, in
+            several threads, and share the memory that the process may take.
         decompress: `decompress(source)` is a context manager that gives a readable file. Reading raises when the stream
             is damaged or ends early.
         default_level: The level if none is given.

@@ -58,7 +58,7 @@ def judge(child: Child, entries: Mapping[int, str], allowed: Sequence[str] = (),
     if status == 0 and not failures:
         return
     if jobs > 1 and failures:
-        raise _refused(failures)
+        raise _refused(failures, " (With --jobs 1, each error has its entry.)")
     if status != 1 or ignored is None or int(ignored[1]) != len(failures):
         raise failed(child, status)
     serious = []
@@ -84,12 +84,12 @@ def check_allowed(allowed: Sequence[str]) -> None:
             raise exceptions.ValueError(f'--allow-error "{entry}": errors of data are never allowed.', "Leave it out.")
 
 
-def _refused(serious: Sequence[Failure]) -> exceptions.ToolFailed:
+def _refused(serious: Sequence[Failure], hint: str = "") -> exceptions.ToolFailed:
     named = "\n".join(f"  {failure}" for failure in serious[:12])
     more = f"\n  and {len(serious) - 12} more" if len(serious) > 12 else ""
     return exceptions.ToolFailed(
         f"pg_restore could not restore everything:\n{named}{more}",
-        "Nothing was swapped in. Where the database does well without them, name these entries with --allow-error.",
+        f"Nothing was swapped in. Where the database does well without them, name these entries with --allow-error.{hint}",
     )
 
 

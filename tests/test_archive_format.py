@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +113,27 @@ SELECT count(*)::text FROM empty_columns
 """
 
 
-@pytest.mark.skipif(not all(map(shutil.which, ("bash", "jq", "zstd"))), reason="bash, jq or zstd is not installed")
+@pytest.fixture
+def path(postgres: Server, tmp_path: Path) -> str:
+    """A PATH with the server's tools, this Python, and zstd: where it is not installed, with what does the same."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    if shutil.which("zstd") is None:
+        module = "compression" if sys.version_info >= (3, 14) else "backports"
+        script = f"import shutil, sys; from {module} import zstd; file = zstd.open(sys.argv[2])"
+        (folder / "zstd").write_text(f"#!{sys.executable}\n{script}; shutil.copyfileobj(file, sys.stdout.buffer)\n")
+        (folder / "zstd").chmod(0o755)
+    return os.pathsep.join(map(str, (folder, Path(sys.executable).parent, postgres.environ()["PATH"])))
+
+
 @pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize("encoding", ["UTF8", "LATIN1"])
 def test_the_commands_of_the_documentation_restore_a_dump_with_parts(
-    postgres: Server, tmp_path: Path, encoding: str
+    postgres: Server, tmp_path: Path, path: str, encoding: str
 ) -> None:
     page = (ROOT / "docs" / "archive-format.md").read_text()
-    (commands,) = [block for block in re.findall(r"(?:^    .*\n)+", page, re.MULTILINE) if "K.parts/" in block]
+    blocks = re.findall(r"(?:^(?:    .*)?\n)+", page, re.MULTILINE)
+    (commands,) = [textwrap.dedent(block) for block in blocks if "K.parts/" in block]
     with open_project(postgres, tmp_path, books=0) as project:
         project.server.run("dropdb", "shop")
         for name in ("shop", "rescued"):
@@ -128,8 +143,16 @@ def test_the_commands_of_the_documentation_restore_a_dump_with_parts(
         assert len({part["table"] for part in read_manifest(project, key)["parts"]}) == 3
         for ending in ("", ".json", ".parts"):
             (project.dumps / f"{key}{ending}").rename(tmp_path / f"K{ending}")
-        subprocess.run(["bash", "-c", commands], cwd=tmp_path, env=project.server.environ(), check=True)
+        environ = {**project.server.environ(), "PATH": path}
+        subprocess.run(["sh", "-c", commands], cwd=tmp_path, env=environ, check=True)
         assert project.sql(DIGESTS, "rescued") == project.sql(DIGESTS)
+        # A part that has lost rows is found.
+        first = tmp_path / "K.parts" / "00001"
+        first.write_bytes(first.read_bytes()[:-9])
+        project.server.run("dropdb", "rescued")
+        project.server.run("createdb", "-T", "template0", "-E", encoding, "--locale=C", "rescued")
+        done = subprocess.run(["sh", "-c", commands], cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (1, "K.parts/00001 is damaged.\n")
 
 
 def test_the_manifest_tells_what_was_dumped(project: Project) -> None:

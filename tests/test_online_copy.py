@@ -268,7 +268,7 @@ def test_the_tools_must_be_as_new_as_the_server(app: Project) -> None:
 # Failures
 
 
-def failed(app: Project, *words: str, tools: Path | None = None, **options: Any) -> Done:
+def failed(app: Project, *words: str, tools: Path | None = None) -> Done:
     """A copy fails, says why in words, and leaves nothing: neither databases nor sessions, and an older copy as it was."""
     app.server.run("createdb", "older")
     app.sql("""COMMENT ON DATABASE older IS 'pgclone {"kind": "copy", "source": "shared", "run": "0123456789ab"}'""")
@@ -355,6 +355,21 @@ def test_a_row_that_the_copy_refuses_is_named_with_its_table(app: Project) -> No
         app.sql("ALTER TABLE app_book DROP CONSTRAINT home")
 
 
+def test_entries_that_may_fail_are_allowed_as_for_restores(app: Project) -> None:
+    app.sql(
+        """CREATE FUNCTION picky(text) RETURNS text IMMUTABLE LANGUAGE plpgsql AS
+        $$ BEGIN IF current_database() <> 'shared' THEN RAISE 'elsewhere'; END IF; RETURN $1; END $$"""
+    )
+    app.sql("CREATE INDEX picky_index ON app_author (public.picky(name))")
+    try:
+        failed(app, "elsewhere", "--allow-error", "With --jobs 1, each error has its entry.")
+        allowed = app.call("copy", ":mine", "--online", "--allow-error", "INDEX public picky_index")
+    finally:
+        app.sql("DROP FUNCTION picky CASCADE")
+    assert allowed.status == 0 and "Ignored, as you allowed it: INDEX public picky_index" in allowed.err
+    assert app.digest("mine") == app.digest()
+
+
 def test_a_loading_that_fails_is_not_taken_for_a_reading_that_fails(
     app: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,10 +386,8 @@ def test_a_loading_that_fails_is_not_taken_for_a_reading_that_fails(
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PGCLONE_TEST_LARGE", "65536")
-        with Forks() as forks:
-            yield forks
+    with Forks(large=65536) as forks:
+        yield forks
 
 
 @pytest.mark.parametrize(

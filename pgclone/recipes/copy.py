@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 
-from pgclone import load, parts, process
+from pgclone import load, parts, process, verdict
 from pgclone.conf import COPY, Options
 from pgclone.crew import crew
 from pgclone.database import databases, properties, route
@@ -27,6 +27,7 @@ def copy(options: Options) -> str:
     key = options.dump_key
     name = check_local_name(project, key)
     databases.check_strategy(options.strategy)
+    verdict.check_allowed(options.allow_errors)
     with running(COPY, project, key) as run, locked(project, run, name) as held:
         # 2. Copy, under a work name.
         log.info("copy_started", alias=options.database, database=project.database, key=key)
@@ -61,7 +62,7 @@ def _copy_online(project: Project, run: Run, held: Lock) -> str:
     project = replace(project, options=options)
     tools = process.find_tools(options.bin_dir)
     process.require_new_enough(tools, held.session)
-    loading = Loading(owner=True, acl=True, jobs=options.jobs)
+    loading = Loading(owner=True, acl=True, allow_errors=options.allow_errors, jobs=options.jobs)
     primary = properties.read(held.session, project.database)
     work = databases.create(held.session, run.id, template=options.template, like=primary)
     databases.mark(held.session, work, Marker("temp", project.database, run.id))
