@@ -32,12 +32,14 @@ _SECONDS = 120
 class Forks:
     """The process that forks. `close` ends it, and every command that still runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, large: int | None = None) -> None:
+        """`large`: the bytes from which tables become parts, and the least bytes of a chunk; None for pgclone's own."""
+        parts = {"PGCLONE_TEST_LARGE": str(large)} if large else {}
         self._folder = tempfile.TemporaryDirectory(prefix="pgclone-forks-")
         self._running: set[int] = set()
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.forks"],
-            env={**os.environ, "DJANGO_SETTINGS_MODULE": "tests.settings"},
+            env={**os.environ, "DJANGO_SETTINGS_MODULE": "tests.settings", **parts},
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pgclone.testing.postgres import Server
 from tests.faults import Tally, wait_until
 from tests.forks import Forks
-from tests.project import Done, Project
+from tests.project import Done, Project, open_project
 
 BYSTANDERS = {
     "shop__temp_x": None,
@@ -63,6 +65,19 @@ COMMANDS = {
     "as": ASIDE,
     "copy": COPY,
 }
+
+
+@contextlib.contextmanager
+def open_shop(
+    server: Server, folder: Path, forks: Forks, tally: Tally, also: str = "", **settings: object
+) -> Iterator[Shop]:
+    """A shop with more rows than fit into an archive's head. `also` is SQL for what else is in its database."""
+    with open_project(server, folder) as project:
+        project.settings |= settings
+        project.fill(3000)
+        if also:
+            project.sql(also)
+        yield Shop(project, forks, tally).open()
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pgclone.testing.postgres import Server
 from tests.faults import Fault, Tally, tally, wait_until  # noqa: F401
 from tests.forks import Forked, Forks
 from tests.project import Project, open_project
-from tests.shop import COPY, PLAIN, REVERSIBLE, Command, Shop
+from tests.shop import COPY, PLAIN, REVERSIBLE, Command, Shop, open_shop
 
 LOADING = Fault("child: pg_restore started", "SIGSTOP", 4)
 HOOKING = Fault("event: command_finished", "SIGSTOP")
@@ -34,9 +34,8 @@ def shop(
     tally: Tally,  # noqa: F811
 ) -> Iterator[Shop]:
     """One for all tests: whatever they do to it, it must not suffer."""
-    with open_project(postgres, tmp_path_factory.mktemp("shop")) as project:
-        project.fill(3000)
-        yield Shop(project, forks, tally).open()
+    with open_shop(postgres, tmp_path_factory.mktemp("shop"), forks, tally) as shop:
+        yield shop
 
 
 def begin(shop: Shop, command: Command, *flags: str, faults: tuple[Fault, ...] = ()) -> Forked:

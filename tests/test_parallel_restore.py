@@ -26,7 +26,7 @@ from tests.faults import Fault, Tally, alive, read_trace, spread, tally, wait_un
 from tests.fixtures import World
 from tests.forks import Forked, Forks
 from tests.project import Done, open_project
-from tests.shop import PLAIN, Shop
+from tests.shop import PLAIN, Shop, open_shop
 from tests.tools import make_tools
 
 if sys.version_info >= (3, 14):
@@ -41,10 +41,8 @@ PROMPTLY = 15
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PGCLONE_TEST_LARGE", "65536")
-        with Forks() as forks:
-            yield forks
+    with Forks(large=65536) as forks:
+        yield forks
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +52,13 @@ def shop(
     forks: Forks,
     tally: Tally,  # noqa: F811
 ) -> Iterator[Shop]:
-    """One for all tests: whatever they do to it, it must not suffer. Books and reviews become parts."""
-    with open_project(postgres, tmp_path_factory.mktemp("shop")) as project:
-        project.settings["PGCLONE_JOBS"] = 2
-        project.fill(3000)
-        # Stays in the archive, which outgrows its head and the pipe to pg_restore.
-        project.sql("CREATE UNLOGGED TABLE long AS SELECT repeat(n::text, 20) FROM generate_series(1, 20000) AS n")
-        yield Shop(project, forks, tally).open()
+    """One for all tests: whatever they do to it, it must not suffer. Books and reviews become parts.
+
+    An unlogged table stays in the archive, which outgrows its head and the pipe to pg_restore.
+    """
+    long = "CREATE UNLOGGED TABLE long AS SELECT repeat(n::text, 20) FROM generate_series(1, 20000) AS n"
+    with open_shop(postgres, tmp_path_factory.mktemp("shop"), forks, tally, also=long, PGCLONE_JOBS=2) as shop:
+        yield shop
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import pytest
 from pgclone.testing.postgres import Server
 from tests.faults import Fault, Tally, alive, children, read_trace, spread, tally, wait_until  # noqa: F401
 from tests.forks import Forks
-from tests.project import Project, open_project
-from tests.shop import ASIDE, COMMANDS, COPY, PLAIN, REVERSIBLE, Command, Shop
+from tests.project import Project
+from tests.shop import ASIDE, COMMANDS, COPY, PLAIN, REVERSIBLE, Command, Shop, open_shop
 from tests.tools import make_tools
 
 STATUS = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGINT": (130,)}
@@ -39,9 +39,8 @@ def shop(
     tally: Tally,  # noqa: F811
 ) -> Iterator[Shop]:
     """One for all tests: whatever they do to it, it must not suffer."""
-    with open_project(postgres, tmp_path_factory.mktemp("shop")) as project:
-        project.fill(3000)  # more than fits into an archive's head
-        yield Shop(project, forks, tally).open()
+    with open_shop(postgres, tmp_path_factory.mktemp("shop"), forks, tally) as shop:
+        yield shop
 
 
 @pytest.fixture

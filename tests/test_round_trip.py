@@ -203,6 +203,16 @@ def test_statistics_are_there_after_the_restore(full: Project) -> None:
 # Settings that change what COPY reads and writes
 
 
+def dump_and_restore_as_a_role_with(project: Project, setting: str, value: str) -> str:
+    project.sql(f"ALTER ROLE postgres SET {setting} = {value}")
+    try:
+        key = dump(project, "--jobs", "2")
+        done(project.call("restore", key, "--pre-swap-hook", "--jobs", "2"))
+    finally:
+        project.server.psql(f"ALTER ROLE postgres RESET {setting}")
+    return key
+
+
 @pytest.mark.usefixtures("everything_in_parts")
 def test_arrays_with_nulls_come_back_though_the_role_would_take_them_for_words(project: Project) -> None:
     """An unlogged table stays in the archive."""
@@ -211,12 +221,7 @@ def test_arrays_with_nulls_come_back_though_the_role_would_take_them_for_words(p
             f"CREATE {kind} TABLE {table} AS SELECT '{{NULL,\"NULL\"}}'::text[] AS words, '{{NULL}}'::int[] AS numbers"
         )
     before = describe(project)
-    project.sql("ALTER ROLE postgres SET array_nulls = off")
-    try:
-        key = dump(project, "--jobs", "2")
-        done(project.call("restore", key, "--pre-swap-hook", "--jobs", "2"))
-    finally:
-        project.server.psql("ALTER ROLE postgres RESET array_nulls")
+    key = dump_and_restore_as_a_role_with(project, "array_nulls", "off")
     assert "a_part" in [part["table"] for part in parts(project, key)]
     assert describe(project) == before
 
@@ -231,12 +236,7 @@ def test_fragments_of_xml_come_back_though_the_role_wants_documents(
             "CREATE TABLE fragment AS SELECT xmlparse(content 'text <b/> and ' || n) AS x FROM generate_series(1, 9) n"
         )
         before = describe(project)
-        project.sql("ALTER ROLE postgres SET xmloption = document")
-        try:
-            key = dump(project, "--jobs", "2")
-            done(project.call("restore", key, "--pre-swap-hook", "--jobs", "2"))
-        finally:
-            project.server.psql("ALTER ROLE postgres RESET xmloption")
+        key = dump_and_restore_as_a_role_with(project, "xmloption", "document")
         assert "fragment" in [part["table"] for part in parts(project, key)]
         assert describe(project) == before
 

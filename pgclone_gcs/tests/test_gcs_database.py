@@ -70,6 +70,19 @@ def test_a_database_is_dumped_listed_and_restored(shop: Project) -> None:
     assert shop.digest() == before
 
 
+def test_parts_go_to_cloud_storage_and_come_back_through_faults(shop: Project, across: Proxy) -> None:
+    shop.environ["PGCLONE_TEST_LARGE"] = "1000000"
+    before = shop.digest()
+    across.inject(BUSY, CHUNK)
+    key = shop.dump("--jobs", "3", **through(shop, across))
+    assert shop.keys() == [key]
+    shop.sql("DELETE FROM app_review")
+    for fault in (ResetAnswer(100_000), BUSY):
+        across.inject(fault, r"GET .*parts%2F.*alt=media")
+    shop.restore(key, "--jobs", "3", **through(shop, across))
+    assert shop.digest() == before
+
+
 def test_a_dump_and_a_restore_get_through_all_of_it(shop: Project, across: Proxy) -> None:
     before = shop.digest()
     across.inject(BUSY, CHUNK)

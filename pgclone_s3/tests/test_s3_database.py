@@ -53,6 +53,34 @@ def test_a_database_is_dumped_listed_and_restored(shop: Project, s3: Any) -> Non
     assert shop.digest() == before
 
 
+def test_parts_go_to_s3_and_come_back_through_faults(shop: Project, s3: Any, between: Proxy) -> None:
+    shop.environ["PGCLONE_TEST_LARGE"] = "1000000"
+    before = shop.digest()
+    for fault, request in (
+        (ResetRequest(100_000), r"PUT .*\.parts/"),
+        (SLOW_DOWN, r"PUT .*\.parts/"),
+        (LoseAnswer(), r"PUT .*\.parts/00001$"),
+    ):
+        between.inject(fault, request)
+    key = shop.dump("--jobs", "3", **through(between))
+    parts = [name for name in s3.objects() if name.startswith(f"{key}.parts/")]
+    assert len(parts) > 3 and shop.keys() == [key]
+    shop.sql("DELETE FROM app_review")
+    for fault in (ResetAnswer(100_000), SLOW_DOWN):
+        between.inject(fault, r"GET .*\.parts/")
+    shop.restore(key, "--jobs", "3", **through(between))
+    assert (shop.digest(), s3.uploads()) == (before, [])
+
+
+def test_a_dump_whose_part_cannot_be_written_leaves_none(shop: Project, s3: Any, between: Proxy) -> None:
+    shop.environ["PGCLONE_TEST_LARGE"] = "1000000"
+    between.inject(ResetRequest(0), r"PUT .*\.parts/00003", times=100)
+    done = shop.pgclone("dump", "--jobs", "2", **through(between))
+    assert (done.status, "Traceback" in done.err) == (1, False) and ".parts/00003" in done.err, done.err
+    between.calm()
+    assert (s3.objects(), s3.uploads()) == ({}, [])
+
+
 def test_a_dump_and_a_restore_get_through_all_of_it(shop: Project, s3: Any, between: Proxy) -> None:
     between.latency = 0.02
     before = shop.digest()
