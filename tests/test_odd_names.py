@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import pgclone
-from pgclone import exceptions
+from pgclone import exceptions, plan
 from pgclone.database.names import derive
 from pgclone.testing import postgres as private
 from tests.fixtures import World
@@ -249,12 +249,19 @@ def test_a_search_path_in_the_options(app: Project) -> None:
         app.sql('ALTER TABLE "odd ""schema".app_review SET SCHEMA public; DROP SCHEMA "odd ""schema"')
 
 
-def test_a_role_that_is_assumed_after_the_login(app: Project, world: World) -> None:
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_role_that_is_assumed_after_the_login(
+    app: Project, world: World, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    monkeypatch.setattr(plan, "LARGE", 4096)
+    monkeypatch.setitem(app.settings, "PGCLONE_JOBS", jobs)
     with owner(app, world, "the owner", "irrelevant"):
         world.run("ALTER ROLE {} NOLOGIN", "the owner")
-        world.run("GRANT {} TO {}", "the owner", world.role("just a login"))
+        # The login may do nothing on its own: neither psql nor the tools must forget the role.
+        world.run("GRANT {} TO {} WITH INHERIT FALSE", "the owner", world.role("just a login"))
         app.database.update(USER="just a login", OPTIONS={"assume_role": "the owner"})
         cycle(app)
+        assert bool([name for name in app.stored() if ".parts/" in name]) == (jobs > 1)
         assert app.sql("SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = 'shared'") == "the owner"
         assert app.sql("SELECT DISTINCT tableowner FROM pg_tables WHERE schemaname = 'public'") == "the owner"
 

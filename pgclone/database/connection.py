@@ -47,9 +47,11 @@ class Session:
     Statements are interruptible: an exception that a signal raises (Ctrl-C) cancels the statement in the server.
     """
 
-    def __init__(self, connection: Any, where: str) -> None:
+    def __init__(self, connection: Any, where: str, role: str | None = None) -> None:
         self._connection = connection
         self._where = where
+        self.role = role
+        """The role that it has assumed, if any."""
         self._busy = False
 
     def execute(self, query: Query, params: Sequence[object] | None = None) -> list[Row]:
@@ -170,7 +172,7 @@ class Server:
         except driver_error() as error:
             raise refused(self, database, error) from error
         connection.autocommit = True
-        session = Session(connection, f'Database "{database}" on {self}')
+        session = Session(connection, f'Database "{database}" on {self}', self.role)
         try:
             for statement in preamble(session.version):
                 session.execute(statement)

@@ -141,9 +141,8 @@ def _explained(error: exceptions.ServerError, table: Relation) -> exceptions.Ser
 def _setup(session: Session) -> list[str]:
     from django.db.backends.postgresql.psycopg_any import sql
 
-    ((role, user),) = session.execute("SELECT current_user::text, session_user::text")
     return [
-        *([session.text(sql.SQL("SET ROLE {}").format(sql.Identifier(role)))] if role != user else []),
+        *([session.text(sql.SQL("SET ROLE {}").format(sql.Identifier(session.role)))] if session.role else []),
         "; ".join([*preamble(session.version), *_FORMATS]),
     ]
 
